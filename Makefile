@@ -1,0 +1,40 @@
+# Each target makes what it needs: on a bare machine with Python >= 3.11, `make demo` is the only command.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test slow lint format bench venv clean
+
+demo: venv  ## open-set recognition on handwritten digits: about two minutes, prints a table, draws pictures
+	$(RUN) train.py fit -c configs/osrci/digits.yaml
+
+test: venv  ## the whole test suite except what takes minutes
+	$(RUN) -m pytest -m "not slow"
+
+slow: venv  ## the tests that take minutes
+	$(RUN) -m pytest -m slow
+
+lint: venv  ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: venv
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: venv  ## ratios against plain PyTorch loops, measured in the same run
+	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
+
+venv: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed, $(PYTHON) is older; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,221 @@
+"""Loggers that write into the run directory and go on where an interrupted run stopped."""
+
+import csv
+import os
+import secrets
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+
+class ResumableCSVLogger(CSVLogger):
+    """``metrics.csv`` in the run directory, the same whether a run was interrupted or not.
+
+    Lightning's own logger deletes the file of the run that is resumed. This one keeps it: the first row logged
+    by the resumed ``fit`` is looked up among the old rows (same step, same columns), and what was written from there
+    on, after the checkpoint the run resumed from, is dropped to be written again. ``test`` and ``validate`` only
+    append.
+
+    Every row has a ``step``, the number of the batch, and holds what was logged together. A new metric adds a column.
+
+    Args:
+        save_dir: the run directory.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, name="", version="")
+        self._trainer: Trainer | None = None
+
+    @property
+    def log_dir(self) -> str:
+        """The run directory itself, without folders for name and version."""
+        return self.save_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> "MetricsFile":
+        """The file, on rank 0."""
+        if self._experiment is None:
+            self._experiment = MetricsFile(Path(self.save_dir))  # type: ignore[assignment]
+        return self._experiment  # type: ignore[return-value]
+
+    @rank_zero_only
+    def log_graph(self, model: LightningModule, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Lightning calls this when a run starts, which is where a logger meets its trainer."""
+        self._trainer = model._trainer
+
+    @rank_zero_only
+    def log_metrics(  # type: ignore[override]
+        self, metrics: dict[str, Tensor | float], step: int | None = None
+    ) -> None:
+        """Adds a row."""
+        fitting = self._trainer is None or self._trainer.state.fn == "fit"
+        self.experiment.log_metrics(metrics, step, replaying=fitting)
+        self.save()
+
+
+class MetricsFile:
+    """The rows of ``metrics.csv``; what is on disk is always a whole table.
+
+    Args:
+        directory: where it lies.
+
+    Raises:
+        ValueError: if there is another kind of table in its place.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.path = directory / "metrics.csv"
+        self.hparams: dict[str, Any] = {}
+        self.columns: list[str] = []
+        self.metrics: list[dict[str, Any]] = []
+        self._old_rows: list[dict[str, str]] = []
+        self._joined = not self.path.exists()
+        if self._joined:
+            return
+        with self.path.open(newline="") as file:
+            text = file.read()
+        # A kill may leave half a row at the end.
+        reader = csv.DictReader(StringIO(text[: text.rfind("\n") + 1], newline=""))
+        self._old_rows = [{k: v for k, v in row.items() if v != ""} for row in reader]
+        self.columns = list(reader.fieldnames or [])
+        if self._old_rows and "step" not in self.columns:
+            raise ValueError(
+                f"{self.path} has no column 'step', so it is not a table of this logger; move it away"
+            )
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Writes ``hparams.yaml``."""
+        self.hparams.update(params)
+        save_hparams_to_yaml(str(self.directory / "hparams.yaml"), self.hparams)
+
+    def log_metrics(
+        self,
+        metrics: dict[str, Tensor | float],
+        step: int | None = None,
+        replaying: bool = True,
+    ) -> None:
+        """Adds a row; the first one is joined to the rows of an earlier run, see :class:`ResumableCSVLogger`."""
+        row: dict[str, Any] = {
+            key: value.item() if isinstance(value, Tensor) else value
+            for key, value in metrics.items()
+        }
+        row["step"] = 0 if step is None else step
+        if not self._joined:
+            self._join(row, replaying)
+        self.metrics.append(row)
+
+    def _join(self, first: dict[str, Any], replaying: bool) -> None:
+        rows = self._old_rows
+        if replaying:
+            same = (
+                position
+                for position, row in enumerate(rows)
+                if int(row["step"]) == first["step"] and row.keys() == first.keys()
+            )
+            end = next(same, len(rows))
+            rows = [row for row in rows[:end] if int(row["step"]) <= first["step"]]
+        self._rewrite(rows)
+        self._joined = True
+
+    def save(self) -> None:
+        """Writes the new rows."""
+        if not self.metrics:
+            return
+        new = {key for row in self.metrics for key in row} - set(self.columns)
+        if new:
+            rows: list[dict[str, Any]] = []
+            if self.path.exists():
+                with self.path.open(newline="") as file:
+                    rows = list(csv.DictReader(file))
+            self.columns = sorted({*self.columns, *new})
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerows(self.metrics)
+        self.metrics = []
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        beside = self.path.with_suffix(".csv.part")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
+
+
+class RunWandbLogger(WandbLogger):
+    """A wandb run that belongs to the run directory: resuming the one resumes the other.
+
+    The id of the wandb run is kept in ``wandb-id.txt``. Where nobody is logged in, the run is recorded offline, below
+    the run directory, and a message says how to upload it; nothing ever asks for a key.
+
+    Args:
+        project: wandb project.
+        name: of the run as wandb shows it.
+        save_dir: the run directory.
+        offline: True or False to insist; None asks the environment variable ``WANDB_MODE`` and wandb's settings first
+            and goes offline when there is no login.
+        tags: of the wandb run.
+        group: of the wandb run.
+    """
+
+    def __init__(
+        self,
+        project: str = "adversaria",
+        name: str | None = None,
+        save_dir: str = ".",
+        offline: bool | None = None,
+        tags: list[str] | None = None,
+        group: str | None = None,
+    ) -> None:
+        super().__init__(name=name, save_dir=save_dir, project=project, tags=tags, group=group)
+        # Lightning passes it along even unset, and wandb warns about it.
+        self._wandb_init.pop("anonymous", None)
+        self.offline = offline
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run on rank 0, begun or continued at its first use."""
+        if self._experiment is None:
+            directory = Path(self.save_dir or ".")
+            directory.mkdir(parents=True, exist_ok=True)
+            self._id = self._wandb_init["id"] = _run_id(directory / "wandb-id.txt")
+            self._wandb_init["mode"] = self._mode(directory)
+        return super().experiment
+
+    def _mode(self, directory: Path) -> str | None:
+        """What to tell ``wandb.init``: None leaves it to wandb's own settings."""
+        import wandb
+
+        if self.offline is not None:
+            return "offline" if self.offline else "online"
+        if os.environ.get("WANDB_MODE") or wandb.setup().settings.mode != "online":
+            return None
+        if wandb.login(prompt=False, verify=False):
+            return None
+        rank_zero_info(
+            f"wandb: not logged in, so this run is recorded offline; upload it with `wandb login` and "
+            f"`wandb sync {directory / 'wandb'}/offline-run-*`"
+        )
+        return "offline"
+
+
+def _run_id(path: Path) -> str:
+    """The id kept in ``path``, made up if there is none."""
+    kept = path.read_text().strip() if path.exists() else ""
+    if not kept:
+        kept = secrets.token_hex(4)
+        beside = path.with_suffix(".part")
+        beside.write_text(kept + "\n")
+        os.replace(beside, path)
+    return kept

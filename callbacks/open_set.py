@@ -1,0 +1,132 @@
+"""The open-set table, score histograms and OSCR curves of a test."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from callbacks.media import log_table, run_directory, save_figure
+from lightning_modules.metrics.open_set import oscr_curve
+
+COLUMNS = {
+    "auroc": "AUROC",
+    "aupr_unknown": "AUPR unk",
+    "aupr_known": "AUPR known",
+    "fpr95": "FPR95",
+    "closed_accuracy": "closed acc",
+    "openauc": "OSCR",
+}
+
+
+class OpenSetEvaluationCallback(Callback):
+    """Prints and stores the table of a test, and draws what is behind it.
+
+    Works with any module that offers ``ready_rows`` (row names), ``row_titles`` (row to description) and
+    ``test_metrics`` (row to :class:`OpenSetMetrics`).
+
+    Args:
+        histograms: rows whose score histograms are drawn.
+    """
+
+    def __init__(self, histograms: list[str] | None = None) -> None:
+        self.histograms = ["msp", "margin"] if histograms is None else histograms
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks the protocol.
+
+        Raises:
+            MisconfigurationException: if the module has no open-set rows.
+        """
+        if not hasattr(pl_module, "ready_rows"):
+            raise MisconfigurationException(
+                f"OpenSetEvaluationCallback needs a module with ready_rows, {type(pl_module).__name__} has none; "
+                "remove the callback"
+            )
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``open_set_table.txt`` and the figures, prints the table and where things are."""
+        module: Any = pl_module
+        if not trainer.is_global_zero:
+            return
+        gathered = {row: module.test_metrics[row].samples for row in module.ready_rows}
+        values = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        rows = [
+            [module.row_titles[row], *(100 * values[f"test/{row}/{name}"] for name in COLUMNS)]
+            for row in gathered
+        ]
+        table = self._table(trainer, rows, gathered)
+        path = run_directory(trainer) / "open_set_table.txt"
+        path.write_text(table + "\n")
+        log_table(trainer, "open_set/table", ["method", *COLUMNS.values()], rows)
+        written = [
+            path,
+            self._histograms(trainer, module, gathered),
+            self._oscr(trainer, module, gathered),
+        ]
+        images = sorted((run_directory(trainer) / "images").glob("counterfactuals*"))
+        print("\n" + table + "\n")
+        for file in filter(None, [*written, *images]):
+            print(f"wrote {file}")
+
+    def _table(self, trainer: Trainer, rows: list[list[Any]], gathered: dict[str, Any]) -> str:
+        scores, labels, _ = next(iter(gathered.values()))
+        data = getattr(getattr(trainer, "datamodule", None), "split_info", {})
+        title = (
+            f"Open-set recognition, {data.get('dataset', 'test set')}, protocol {data.get('protocol', '?')}, "
+            f"split {data.get('index', '?')}: {int((labels >= 0).sum())} known and {int((labels < 0).sum())} "
+            "unknown test images; x100, unknown is the positive class"
+        )
+        width = max(len(row[0]) for row in rows)
+        lines = [title, " " * width + "".join(f"{name:>12}" for name in COLUMNS.values())]
+        lines += [
+            f"{row[0]:<{width}}" + "".join(f"{cell:12.1f}" for cell in row[1:]) for row in rows
+        ]
+        return "\n".join(lines)
+
+    def _histograms(self, trainer: Trainer, module: Any, gathered: dict[str, Any]) -> Path | None:
+        drawn = [row for row in self.histograms if row in gathered]
+        figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 3.5), squeeze=False)
+        for axis, row in zip(axes[0], drawn, strict=True):
+            scores, labels, _ = (np.asarray(part) for part in gathered[row])
+            bins = np.linspace(scores.min(), scores.max() + 1e-9, 41).tolist()
+            axis.hist(scores[labels >= 0], bins, alpha=0.6, density=True, label="known classes")
+            axis.hist(scores[labels < 0], bins, alpha=0.6, density=True, label="unknown classes")
+            threshold = float(module.thresholds[module.rows.index(row)])
+            if np.isfinite(threshold):
+                share = round(100 * module.hp.acceptance)
+                axis.axvline(
+                    threshold,
+                    color="black",
+                    ls="--",
+                    lw=1,
+                    label=f"accepts {share} % of held-out knowns",
+                )
+            axis.set(
+                title=module.row_titles[row],
+                xlabel="score (larger = more unknown)",
+                ylabel="density",
+            )
+            axis.legend(fontsize=8)
+        return save_figure(trainer, "open_set/histograms", figure)
+
+    def _oscr(self, trainer: Trainer, module: Any, gathered: dict[str, Any]) -> Path | None:
+        figure, axis = plt.subplots(figsize=(5, 4))
+        for row, (scores, labels, predictions) in gathered.items():
+            known = labels >= 0
+            rate, false = oscr_curve(
+                scores[known], scores[~known], predictions[known], labels[known]
+            )
+            bold = 2.0 if row == "margin" else 1.0
+            axis.plot(false, rate, lw=bold, label=module.row_titles[row])
+        axis.set(
+            xlabel="unknown images accepted",
+            ylabel="known images accepted and correct",
+            title="Open-set classification rate (OSCR)",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+        )
+        axis.legend(fontsize=7, loc="lower right")
+        return save_figure(trainer, "open_set/oscr", figure)

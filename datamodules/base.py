@@ -1,0 +1,164 @@
+"""What every DataModule here shares: loaders that resume exactly, and floats made on the device."""
+
+import warnings
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.datasets import ImageArrayDataset, unit_interval
+from datamodules.sampler import ShardedSampler
+from lightning_modules.randomness import keyed_generator
+
+
+def _whole_batch(batch: Any) -> Any:
+    """Collate function for datasets whose ``__getitems__`` already returns a batch."""
+    return batch
+
+
+class AdversariaDataModule(LightningDataModule):
+    """Loaders over images in memory, with the same batches for any number of processes.
+
+    Subclasses build datasets in ``setup`` and wrap them with :meth:`train_loader` and
+    :meth:`eval_loader`. The order of the training images and their augmentation are functions of
+    (global seed, epoch, batch), so a run that resumes in the middle of an epoch sees what it would
+    have seen.
+
+    A batch reaches the module as a dict of ``image`` (floating point [B, C, H, W] in [0, 1], in the
+    module's dtype), ``label`` and ``index`` (int64 [B]).
+
+    Args:
+        batch_size: training batch over all processes together; it must be divisible by their
+            number.
+        eval_batch_size: batch of one process in validation, test and prediction; it does not change
+            any result.
+        num_workers: loader processes; images in memory rarely need any.
+        horizontal_flip: mirror training images with probability 1/2.
+
+    Raises:
+        ValueError: a size below 1 or a negative number of workers.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        horizontal_flip: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.horizontal_flip = horizontal_flip
+
+    def train_loader(self, dataset: ImageArrayDataset) -> DataLoader:
+        """Shuffled global batches, from where the trainer stands.
+
+        Raises:
+            ValueError: the global batch cannot be divided over the processes, or exceeds the set.
+        """
+        if len(dataset) < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} exceeds the {len(dataset)} training images, so "
+                f"there is no complete batch; use --data.batch_size {len(dataset)} or less"
+            )
+        world, rank = self._processes()
+        sampler = ShardedSampler(dataset, self.batch_size, world, rank)
+        local_batch = self.batch_size // world
+        if self.trainer is not None:
+            # Lightning sets the epoch only after the workers have begun to prefetch, and restarts
+            # every epoch at its first sample; so both are set here.
+            fit_loop = self.trainer.fit_loop
+            sampler.set_epoch(fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+            progress = fit_loop.epoch_loop.batch_progress
+            if fit_loop.restarting and progress.current.ready and not progress.is_last_batch:
+                done = progress.current.ready % (len(sampler) // local_batch)
+                sampler.skip = done * local_batch
+                warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
+        return self._loader(dataset, local_batch, sampler)
+
+    def eval_loader(self, dataset: ImageArrayDataset) -> DataLoader:
+        """Each image once, in order, spread over the processes.
+
+        Raises:
+            ValueError: there are fewer images than processes.
+        """
+        world, rank = self._processes()
+        if len(dataset) < world:
+            raise ValueError(
+                f"{len(dataset)} images cannot be spread over {world} processes; use "
+                f"--trainer.devices {max(len(dataset), 1)} or fewer"
+            )
+        sampler = ShardedSampler(
+            dataset, self.eval_batch_size, world, rank, shuffle=False, drop_last=False
+        )
+        return self._loader(dataset, self.eval_batch_size, sampler)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turns bytes to floats in [0, 1] of the module's dtype; augments training batches."""
+        if (
+            not isinstance(batch, dict)
+            or "image" not in batch
+            or batch["image"].dtype != torch.uint8
+        ):
+            return batch
+        trainer = self.trainer
+        dtype = torch.float32 if trainer is None else trainer.lightning_module.dtype
+        assert isinstance(dtype, torch.dtype)
+        images = unit_interval(batch["image"], dtype)
+        if self.horizontal_flip and trainer is not None and trainer.training:
+            images = self._flip(images)
+        return {**batch, "image": images}
+
+    def _flip(self, images: Tensor) -> Tensor:
+        trainer = self.trainer
+        assert trainer is not None
+        world, rank = self._processes()
+        # The counter moves on after the transfer, so it still is the number of this batch.
+        batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        generator = keyed_generator("horizontal flip", trainer.current_epoch, batch_idx)
+        local = len(images)
+        chosen = torch.rand(world * local, generator=generator)[rank * local : (rank + 1) * local]
+        mirrored = (chosen < 0.5).to(images.device, non_blocking=True)
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+    def _processes(self) -> tuple[int, int]:
+        """Number of processes and the rank of this one."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader(
+        self, dataset: ImageArrayDataset, batch_size: int, sampler: ShardedSampler
+    ) -> DataLoader:
+        if self.num_workers == 0:
+            # Taking rows of an array in memory is faster than any worker could hand them over.
+            warnings.filterwarnings(
+                "ignore", ".*does not have many workers", category=PossibleUserWarning
+            )
+        if self.trainer is not None:
+            on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        else:
+            on_gpu = torch.cuda.is_available()
+        return DataLoader(
+            dataset,
+            # By name: Lightning makes the loader anew for prediction from what it was given.
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=sampler.drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=on_gpu,
+            collate_fn=_whole_batch,
+            # An own generator, or every new iterator would take a number out of the global stream.
+            generator=keyed_generator("loader"),
+        )

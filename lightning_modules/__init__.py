@@ -1,0 +1,1 @@
+"""Adversarial-learning papers as LightningModules, one folder each."""

@@ -1,0 +1,78 @@
+"""The generated open set: where it is kept and how a chunk of it is made."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class ImageBank(Protocol):
+    """What synthesis needs of a training set."""
+
+    def __len__(self) -> int: ...
+
+    def batch(
+        self,
+        indices: Tensor,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        """``image`` [B, C, H, W] in [0, 1] of the samples at ``indices`` [B], not augmented."""
+        ...
+
+
+class OpenSetPool(nn.Module):
+    """Generated images with a record of each, as buffers that grow round by round.
+
+    Images are kept as uint8, rounded, so that a pool of 6,400 costs 20 MB in a checkpoint.
+
+    Args:
+        shape: (C, H, W) of an image.
+        records: names of the float values kept per sample.
+    """
+
+    images: Tensor
+    start: Tensor
+
+    def __init__(self, shape: tuple[int, int, int], records: tuple[str, ...]) -> None:
+        super().__init__()
+        self.records = records
+        self.register_buffer("images", torch.zeros(0, *shape, dtype=torch.uint8))
+        self.register_buffer("start", torch.zeros(0, dtype=torch.long))
+        for name in records:
+            self.register_buffer(name, torch.zeros(0))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def append(self, samples: Mapping[str, Tensor]) -> None:
+        """Adds samples: ``images`` uint8 [N, C, H, W], ``start`` [N] and one float [N] for each record."""
+        for name, buffer in self.named_buffers():
+            setattr(self, name, torch.cat([buffer, samples[name].to(buffer.device, buffer.dtype)]))
+
+    def rows(self, uniform: Tensor) -> Tensor:
+        """Images drawn with replacement.
+
+        Args:
+            uniform: [B] in [0, 1), one number for each image to draw; its dtype is that of the result.
+
+        Returns:
+            Images [B, C, H, W] in [0, 1].
+        """
+        index = (uniform * len(self)).long()
+        return self.images[index].to(uniform.dtype) / 255
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name, buffer in self.named_buffers():
+            stored = state_dict.get(prefix + name)
+            if stored is not None:
+                setattr(self, name, buffer.new_zeros(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] to uint8, rounded. (The released code truncates.)"""
+    return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)

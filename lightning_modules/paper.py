@@ -1,0 +1,117 @@
+"""PaperModule: what every module of the collection has in common, however it is optimised."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
+
+from lightning_modules.nn.ema import AveragedNetwork
+from lightning_modules.randomness import global_seed, keyed_generator, mix
+
+
+class PaperModule(LightningModule):
+    """A LightningModule with keyed randomness and checkpoints that know whose they are.
+
+    Before every training batch the global generators are seeded by (seed, epoch, batch, rank); that
+    covers what draws from them by nature, dropout above all. Draws that must be the same for any
+    number of processes go through :meth:`draw`.
+    """
+
+    bar_terms: tuple[str, ...] = ()
+    """Losses shown in the progress bar; the loggers get all of them."""
+
+    _draw_position: tuple[int, int] = (0, 0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keys the randomness of the coming batch."""
+        epoch = self.trainer.current_epoch
+        torch.manual_seed(mix(global_seed(), "step", epoch, batch_idx, self.global_rank))
+        self._draw_position = (epoch, batch_idx)
+
+    def draw(
+        self, purpose: str, kind: Literal["normal", "uniform"], rows: int, *shape: int
+    ) -> Tensor:
+        """Random rows for the local batch: this rank's share of what one process would draw for the global batch.
+
+        Args:
+            purpose: names the draw; two draws within one batch need two purposes.
+            kind: N(0, 1) or U[0, 1).
+            rows: batch size of this process, the same on every process.
+            shape: shape of one row.
+
+        Returns:
+            Tensor [rows, *shape] on the module's device and in its dtype.
+        """
+        world, rank = 1, 0
+        if self._trainer is not None:
+            world, rank = self.trainer.world_size, self.trainer.global_rank
+        generator = keyed_generator(purpose, *self._draw_position, device=self.device)
+        sample = torch.randn if kind == "normal" else torch.rand
+        dtype: Any = self.dtype
+        drawn = sample(world * rows, *shape, generator=generator, device=self.device, dtype=dtype)
+        return drawn[rank * rows : (rank + 1) * rows]
+
+    def register_ema(self, name: str, decay: float = 0.999) -> AveragedNetwork:
+        """Adds the submodule ``<name>_ema``: a frozen running average of the network ``name``.
+
+        As a submodule it is in every checkpoint and survives ``load_from_checkpoint``; updating it is the
+        business of :class:`callbacks.GeneratorEMA`.
+
+        Raises:
+            ValueError: if the module has no network of that name.
+        """
+        network = getattr(self, name, None)
+        if not isinstance(network, torch.nn.Module):
+            networks = [key for key, _ in self.named_children()]
+            raise ValueError(
+                f"{type(self).__name__} has no network {name!r}; it has {', '.join(networks)}"
+            )
+        if not hasattr(self, f"{name}_ema"):
+            self.add_module(f"{name}_ema", AveragedNetwork(network, decay))
+        averaged = getattr(self, f"{name}_ema")
+        averaged.decay = decay
+        return averaged
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Marks the checkpoint with the class that wrote it."""
+        checkpoint["module_class"] = type(self).__name__
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the checkpoint of another paper and prepares for averaged networks in it.
+
+        Raises:
+            RuntimeError: if another class wrote the checkpoint, or it was not written by this collection.
+        """
+        written_by = checkpoint.get("module_class")
+        if written_by != type(self).__name__:
+            raise RuntimeError(
+                f"this checkpoint was written by {written_by or 'something else than this collection'}, "
+                f"not by {type(self).__name__}; give a checkpoint of {type(self).__name__} or change --model"
+            )
+        for key in checkpoint["state_dict"]:
+            head = key.split(".")[0]
+            if head.endswith("_ema") and not hasattr(self, head):
+                self.register_ema(head.removesuffix("_ema"))
+
+    def log_mean_over_ranks(self, values: dict[str, Tensor]) -> None:
+        """Logs scalars at the batches the trainer logs at, averaged over the ranks in a single reduction."""
+        trainer: Any = self.trainer
+        if (self.batches_done + 1) % trainer.log_every_n_steps or not values:
+            return
+        stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
+        reduced = trainer.strategy.reduce(stacked, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        self.log_dict(dict(zip(values, reduced, strict=True)), on_step=True, on_epoch=False)
+
+    @property
+    def batches_done(self) -> int:
+        """Training batches finished since the start of the run, whatever the number of optimizer steps."""
+        return max(self.trainer.fit_loop.epoch_loop.total_batch_idx, 0)
+
+    @property
+    def is_training_run(self) -> bool:
+        """True inside ``fit`` outside its sanity check."""
+        state = self.trainer.state.stage
+        return self.trainer.state.fn == "fit" and state != RunningStage.SANITY_CHECKING

@@ -1,0 +1,43 @@
+"""Runs ``train.py`` in a process of its own, which may be killed, without importing torch anew each time."""
+
+import multiprocessing
+import os
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+TIME_LIMIT = 180.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.suites.preload"])
+
+
+def _child(arguments: list[str], log: str) -> None:
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        import train
+
+        train.main(arguments)
+
+
+def start(arguments: list[str], log: Path) -> BaseProcess:
+    """Starts ``train.py`` with these arguments; what it prints goes to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    process = _context.Process(target=_child, args=(arguments, str(log)))
+    process.start()
+    return process
+
+
+def run(arguments: list[str], log: Path, expect: int = 0) -> str:
+    """Runs ``train.py`` to its end and returns what it printed; fails unless it ends with the expected code."""
+    process = start(arguments, log)
+    process.join(TIME_LIMIT)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    text = log.read_text()
+    assert process.exitcode == expect, f"exit code {process.exitcode} instead of {expect}:\n{text[-3000:]}"
+    return text

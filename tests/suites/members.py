@@ -1,0 +1,61 @@
+"""The modules that every suite runs, a line each."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Member:
+    """A module as the suites run it.
+
+    Args:
+        name: of the paper's folder.
+        config: its recipe that needs no download.
+        tiny: overrides that make the whole recipe, all phases included, a matter of seconds.
+        parity: overrides that take out what depends on the local batch by nature.
+        boundary: method called once for each piece of work between two phases; a kill in its second call must be
+            harmless.
+        batches: (in the first phase, in the last phase) batch counts at which a kill must be harmless.
+    """
+
+    name: str
+    config: str
+    tiny: dict[str, object] = field(default_factory=dict)
+    parity: dict[str, object] = field(default_factory=dict)
+    boundary: str | None = None
+    batches: tuple[int, int] = (2, 5)
+
+    def arguments(self, *overrides: dict[str, object]) -> list[str]:
+        """``-c`` and the overrides as command-line arguments, later ones winning."""
+        merged = {k: v for part in (self.tiny, *overrides) for k, v in part.items()}
+        return ["-c", self.config, *(text for k, v in merged.items() for text in (f"--{k}", str(v)))]
+
+
+MEMBERS = [
+    Member(
+        "osrci",
+        "configs/osrci/digits.yaml",
+        tiny={
+            "data.batch_size": 16,
+            "data.train_limit": 10,
+            "data.test_limit": 4,
+            "model.width": 4,
+            "model.latent_size": 4,
+            "model.lr": 0.001,
+            "model.joint_epochs": 2,
+            "model.rounds": 2,
+            "model.images_per_round": 12,
+            "model.epochs_per_round": 1,
+            "model.search_steps": 3,
+            "model.search_batch_size": 4,
+            "trainer.log_every_n_steps": 1,
+        },
+        parity={
+            "model.norm": "group",
+            "model.dropout": 0.0,
+            "model.gather_minibatch_feature": "true",
+        },
+        boundary="synthesize",
+        batches=(2, 8),
+    ),
+]
+IDS = [member.name for member in MEMBERS]

@@ -1,0 +1,7 @@
+"""What the fork server imports once for all runs."""
+
+import torch
+
+import train  # noqa: F401
+
+torch.set_num_threads(1)

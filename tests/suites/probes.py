@@ -1,0 +1,78 @@
+"""Callbacks that look into a run of another process, or end it."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class StateDump(Callback):
+    """Writes everything a rank ends its training with to ``folder/rankN.pt``."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "state": pl_module.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+                "global_step": trainer.global_step,
+                "metrics": dict(trainer.callback_metrics),
+            },
+            self.folder / f"rank{trainer.global_rank}.pt",
+        )
+
+
+class SignalAt(Callback):
+    """Sends a signal to this process at a certain batch, or at a certain call of a method of the module."""
+
+    def __init__(self, name: str, batch: int = -1, method: str = "", call: int = 1) -> None:
+        self.number = signal.Signals[name]
+        self.batch = batch
+        self.method = method
+        self.call = call
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.method:
+            return
+        original, calls = getattr(pl_module, self.method), 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call:
+                os.kill(os.getpid(), self.number)
+            return original(*args, **kwargs)
+
+        setattr(pl_module, self.method, counted)
+
+
+class Trap(Callback):
+    """Re-introduces a trap that the base class avoids, to show that the suites would notice."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module: Any = pl_module
+        if self.name == "plain_backward":
+            module.manual_backward = lambda loss: loss.backward()
+        elif self.name == "drifting_buffers":
+            module._average_batch_norm_statistics = lambda: None
+        elif self.name == "unkeyed_noise":
+            module.draw = lambda purpose, kind, *shape: (
+                torch.randn if kind == "normal" else torch.rand
+            )(*shape, dtype=module.dtype)
+        else:
+            raise ValueError(f"unknown trap {self.name!r}")

@@ -1,0 +1,59 @@
+"""Every recipe parses, and every one that needs no download trains and tests."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.suites.launch import run
+from tests.suites.members import IDS, MEMBERS, Member
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "trainer")
+OVERLAYS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs" / "trainer").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
+    run(
+        ["fit", *member.arguments(), "-c", "configs/trainer/debug.yaml", "--run.root", str(tmp_path)],
+        tmp_path / "log.txt",
+    )
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
+    """fit, then test and predict on the checkpoint without a configuration; the numbers are the same."""
+    root = ["--run.root", str(tmp_path)]
+    run(["fit", *member.arguments(), *root, "--run.name", "a"], tmp_path / "fit.txt")
+    (trained,) = tmp_path.glob("*/a")
+    checkpoint = str(trained / "checkpoints" / "last.ckpt")
+    run(["test", "--ckpt_path", checkpoint, *root], tmp_path / "test.txt")
+    (tested,) = tmp_path.glob("*/test-000")
+    first, second = (
+        {k: v for k, v in yaml.safe_load((d / "results.json").read_text())["metrics"].items() if k[:5] == "test/"}
+        for d in (trained, tested)
+    )
+    assert first
+    assert first == second
+    run(["predict", "--ckpt_path", checkpoint, *root], tmp_path / "predict.txt")
+    assert (tmp_path / trained.parent.name / "predict-000" / "predictions.csv").exists()
+
+
+def test_members_have_their_recipe() -> None:
+    papers = {recipe.parent.name for recipe in RECIPES}
+    assert papers == {member.name for member in MEMBERS}, "every paper is in every suite"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+    text = run(["fit", "-c", str(recipe), "--print_config"], tmp_path / "log.txt")
+    assert f"experiment: {recipe.parent.name}-{recipe.stem}" in text
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
+def test_overlay_merges_with_a_recipe(overlay: Path, tmp_path: Path) -> None:
+    member = MEMBERS[0]
+    text = run(["fit", "-c", member.config, "-c", str(overlay), "--print_config"], tmp_path / "log.txt")
+    for callback in yaml.safe_load(Path(ROOT / member.config).read_text())["trainer"]["callbacks"]:
+        assert callback["class_path"] in text, "an overlay must not drop a recipe's callbacks"

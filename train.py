@@ -1,0 +1,215 @@
+"""One entry point for every paper: ``python train.py fit|validate|test|predict -c configs/PAPER/DATASET.yaml``."""
+
+import importlib
+import os
+import pkgutil
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import callbacks
+import datamodules
+import lightning_modules
+from callbacks.checkpoint import AtomicCheckpointIO, Preempted, ResumableCheckpoint
+from callbacks.finite import FiniteGuard
+from callbacks.loggers import ResumableCSVLogger
+from callbacks.predictions import PredictionWriter
+from callbacks.run import RunOptions, RunRecorder, chosen_directory, open_run_directory
+from callbacks.sweep import sweep
+
+OTHER = ("validate", "test", "predict")
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the job script requeues on it
+
+# A class that was imported can be named in a configuration without its module.
+for package in (lightning_modules, datamodules, callbacks):
+    for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(found.name)
+
+
+class AdversariaCLI(LightningCLI):
+    """LightningCLI with run directories, a test after fit, and configuration that wins over checkpoints."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the sections ``run`` and ``checkpoint``."""
+        parser.add_class_arguments(RunOptions, "run")
+        parser.add_lightning_class_args(ResumableCheckpoint, "checkpoint")
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)  # the papers' own tables say it better
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the arguments on top of the configuration that ``--ckpt_path`` remembers."""
+        arguments = sys.argv[1:] if not isinstance(args, list) else args
+        self.config = parser.parse_args(_with_checkpoint_config(arguments))
+
+    def _parse_ckpt_path(self) -> None:
+        """Not wanted: Lightning would let the checkpoint's arguments override the configuration."""
+
+    def before_instantiate_classes(self) -> None:
+        """Opens the run directory and points loggers and ``resume`` to it."""
+        assert self.subcommand is not None
+        config = self.config[self.subcommand]
+        self.directory = open_run_directory(RunOptions(**config.run.as_dict()), self.subcommand)
+        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
+            if "save_dir" in logger.init_args:
+                logger.init_args.save_dir = str(self.directory)
+        last = ResumableCheckpoint.path_in(self.directory)
+        if self.subcommand == "fit" and config.run.resume and last.exists():
+            config.ckpt_path = str(last)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of this run, with the callbacks that every run has."""
+        assert self.subcommand is not None
+        config = self._get(self.config_init, "trainer")
+        plugins = config["plugins"] or []
+        kwargs["plugins"] = [
+            *(plugins if isinstance(plugins, list) else [plugins]),
+            AtomicCheckpointIO(),
+        ]
+        kwargs["default_root_dir"] = str(self.directory)
+        if config["max_epochs"] is None and config["max_steps"] == -1:
+            kwargs["max_epochs"] = getattr(self.model, "total_epochs", None)
+        if config["logger"] is None or config["logger"] is True:
+            kwargs["logger"] = ResumableCSVLogger(str(self.directory))
+        self._dump_config()
+        recorder = RunRecorder(
+            yaml.safe_dump(self.config_dump, sort_keys=False),
+            self.config[self.subcommand].run.experiment,
+            self.subcommand,
+        )
+        self.trainer_defaults["callbacks"] = [FiniteGuard(), PredictionWriter(), recorder]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Refuses to continue a checkpoint under other hyper-parameters.
+
+        Raises:
+            ValueError: naming each argument with both values.
+        """
+        path = self.config.fit.ckpt_path
+        if not path:
+            return
+        remembered = _load_checkpoint(path).get("hyper_parameters", {})
+        differing = [
+            f"{key}: configuration {value!r}, checkpoint {remembered[key]!r}"
+            for key, value in self.model.hparams.items()
+            if key in remembered and not _equal(remembered[key], value)
+        ]
+        if differing:
+            raise ValueError(
+                f"cannot continue {path} with other hyper-parameters ({'; '.join(differing)}); "
+                "give the checkpoint's values, or start a new run under another --run.name"
+            )
+
+    def after_fit(self) -> None:
+        """Runs the test protocol."""
+        fit = self.config.fit
+        if fit.run.test and not fit.trainer.fast_dev_run:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def _load_checkpoint(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; --ckpt_path takes the path of a .ckpt file"
+        )
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, tuple | list) else a == b
+
+
+def _with_checkpoint_config(arguments: list[str]) -> list[str]:
+    """Puts the configuration stored in ``--ckpt_path`` before the files and arguments given."""
+    path = None
+    for position, argument in enumerate(arguments):
+        if argument == "--ckpt_path":
+            path = arguments[position + 1] if position + 1 < len(arguments) else None
+        elif argument.startswith("--ckpt_path="):
+            path = argument.split("=", 1)[1]
+    if path is None:
+        return arguments
+    stored = yaml.safe_load(_load_checkpoint(path).get("config") or "{}")
+    wanted = ["model", "data", "seed_everything"]
+    if arguments[0] == "fit":
+        wanted += ["trainer", "checkpoint"]
+    kept = {key: stored[key] for key in wanted if key in stored}
+    if "run" in stored:
+        kept["run"] = {key: stored["run"][key] for key in ("root", "experiment")}
+    text = yaml.safe_dump(kept, default_flow_style=True, width=10**9)
+    return [arguments[0], "-c", text, *arguments[1:]] if kept else arguments
+
+
+def main(args: list[str] | None = None) -> AdversariaCLI | None:
+    """Runs one command.
+
+    Args:
+        args: the command line, None for that of the process.
+
+    Returns:
+        The finished CLI with its ``trainer``, ``model`` and ``datamodule``.
+    """
+    arguments = sys.argv[1:] if args is None else args
+    # Our loaders do resume within an epoch; Lightning cannot know.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    inherited = chosen_directory()
+    try:
+        if arguments[:1] == ["sweep"]:
+            sweep(arguments[1:])
+            return None
+        return AdversariaCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            trainer_defaults={"devices": 1},
+            parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
+            | {"exit_on_error": False},
+            args=args,
+        )
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(EXIT_PREEMPTED)
+    except (ArithmeticError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        _keep_traceback()
+        sys.exit(1)
+    finally:
+        if inherited is None:
+            os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
+
+
+def _keep_traceback() -> None:
+    """Where a run directory exists, the traceback goes there, out of the way of the message."""
+    directory = chosen_directory()
+    if directory is None or not directory.is_dir():
+        return
+    path = directory / "error.log"
+    with path.open("a") as file:
+        traceback.print_exc(file=file)
+    print(f"(traceback in {path})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
