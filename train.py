@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -191,13 +192,39 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
+    except ArgumentError as error:
+        print(
+            f"error: {_readable(error)}\n(python train.py fit --help lists the arguments)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (ArithmeticError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_readable(error)}", file=sys.stderr)
         _keep_traceback()
         sys.exit(1)
     finally:
         if inherited is None:
             os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
+
+
+def _readable(error: BaseException) -> str:
+    """The message of our own code where an error was wrapped, else the parser's without its talk of types."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        raised_in = frames[-1].filename if frames else ""
+        if raised_in.startswith(str(Path(__file__).parent)) and ".venv" not in raised_in:
+            return str(cause)
+        cause = cause.__cause__
+    noise = (
+        "Subtypes:",
+        "Given value",
+        "Errors:",
+        "Does not validate",
+        "- Expected a <class 'NoneType'>",
+    )
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if not line.startswith(noise))
 
 
 def _keep_traceback() -> None:

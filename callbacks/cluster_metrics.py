@@ -26,9 +26,9 @@ class ClusterMetrics(Callback):
 
     Processes that train together take equally long for a batch, since all of them wait for the slowest one. To
     find it, the ranks are lined up at the beginning of every measured batch, after its data arrived and before each
-    backward pass, and the time spent waiting there is not counted. A delay *inside* a backward pass is the one thing
-    that cannot be told apart from waiting. Only the measured batch, one of ``every_n_batches``, pays for this; only
-    then does the host wait for the accelerator, too.
+    backward pass, and the time spent waiting there is not counted. Two delays cannot be told apart from waiting: one
+    *inside* a backward pass, and one of rank 0 between two batches, such as writing a checkpoint. Only the measured
+    batch, one of ``every_n_batches``, pays for this; only then does the host wait for the accelerator, too.
 
     Logged to every logger with the batch count as step, after one gather of a few numbers:
 

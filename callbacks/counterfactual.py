@@ -30,6 +30,8 @@ class CounterfactualSynthesis(Callback):
     Whole chunks are shared among the ranks, so the set is the same for any number of ranks. A finished chunk is written
     to the run directory at once; after a kill only unfinished ones are made again.
 
+    A dict ``pool_titles`` (pool to title) makes the picture easier to read.
+
     Args:
         preview: generated images shown beside the images they started from, 0 for no picture.
     """
@@ -47,8 +49,8 @@ class CounterfactualSynthesis(Callback):
         """
         if not hasattr(pl_module, "synthesis_request"):
             raise MisconfigurationException(
-                f"CounterfactualSynthesis needs a module with synthesis_request(), {type(pl_module).__name__} has none; "
-                "remove the callback or use OSRCIModule"
+                "CounterfactualSynthesis needs a module with synthesis_request(), which "
+                f"{type(pl_module).__name__} lacks; remove the callback or use OSRCIModule"
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,7 +96,7 @@ class CounterfactualSynthesis(Callback):
         }
         module.store_synthesis(pools)
         if self.preview:
-            self._show(trainer, bank, pools)
+            self._show(trainer, module, pools)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes the chunk files: the images are in the last checkpoint."""
@@ -116,14 +118,15 @@ class CounterfactualSynthesis(Callback):
         partial.replace(path)
         return pools
 
-    def _show(self, trainer: Trainer, bank: Any, pools: Pools) -> None:
+    def _show(self, trainer: Trainer, module: Any, pools: Pools) -> None:
         if not trainer.is_global_zero:
             return
+        bank = module.training_bank()
         rows = {}
         for pool, content in pools.items():
-            images = content["images"][: self.preview].float() / 255
-            rows[f"{pool}: started from"] = bank.batch(content["start"][: self.preview])["image"]
-            rows[f"{pool}: generated"] = images
+            title = getattr(module, "pool_titles", {}).get(pool, pool)
+            rows[f"{title}: start"] = bank.batch(content["start"][: self.preview])["image"]
+            rows[f"{title}: result"] = content["images"][: self.preview].float() / 255
         log_images(trainer, "counterfactuals/generated", labelled_grid(rows, self.preview))
 
 

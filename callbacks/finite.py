@@ -50,6 +50,6 @@ class FiniteGuard(Callback):
             else "no checkpoint was written yet"
         )
         raise NonFiniteLossError(
-            f"{', '.join(names) or 'a loss of another rank'} at epoch {trainer.current_epoch}, batch {batch_idx}; {last}. "
-            "Lower the learning rate or clip the gradients, then continue from there"
+            f"{', '.join(names) or 'a loss of another rank'} at epoch {trainer.current_epoch}, "
+            f"batch {batch_idx}; {last}. Lower the learning rate or clip the gradients, then continue from there"
         )

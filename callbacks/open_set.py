@@ -72,7 +72,7 @@ class OpenSetEvaluationCallback(Callback):
             print(f"wrote {file}")
 
     def _table(self, trainer: Trainer, rows: list[list[Any]], gathered: dict[str, Any]) -> str:
-        scores, labels, _ = next(iter(gathered.values()))
+        _, labels, _ = next(iter(gathered.values()))
         data = getattr(getattr(trainer, "datamodule", None), "split_info", {})
         title = (
             f"Open-set recognition, {data.get('dataset', 'test set')}, protocol {data.get('protocol', '?')}, "

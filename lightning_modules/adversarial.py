@@ -11,6 +11,7 @@ What it protects from, each found by running it (Lightning 2.6):
 * epoch schedulers are never stepped.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_clos
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -51,6 +53,9 @@ class AdversarialModule(PaperModule):
     gradient_clip: float | None = None
     """Largest gradient norm an optimizer may see, None for no clipping."""
 
+    gradient_penalised: tuple[str, ...] = ()
+    """Networks that are differentiated twice, in which SyncBatchNorm is impossible."""
+
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -58,6 +63,21 @@ class AdversarialModule(PaperModule):
         self.losses: dict[str, Tensor] = {}
         self._updating: tuple[str, ...] = ()
         self._batch_is_counted = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "training_step" in cls.__dict__:
+            # No hook lies between the step and the callbacks, which may save a checkpoint: the
+            # statistics have to be equal on all ranks by then.
+            step: Any = cls.training_step
+
+            @functools.wraps(step)
+            def synchronised(self: "AdversarialModule", *args: Any, **kwargs: Any) -> Any:
+                output = step(self, *args, **kwargs)
+                self._average_batch_norm_statistics()
+                return output
+
+            cls.training_step = synchronised  # type: ignore[assignment, method-assign]
 
     # ------------------------------------------------------------------ to be written by a paper
     def build_optimizers(self) -> dict[str, Optimizer]:
@@ -163,7 +183,8 @@ class AdversarialModule(PaperModule):
         """Checks that the strategy can carry several backwards a batch.
 
         Raises:
-            MisconfigurationException: for DDP without ``find_unused_parameters``.
+            MisconfigurationException: for DDP without ``find_unused_parameters``, and for SyncBatchNorm in
+                a network under a gradient penalty.
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
@@ -173,6 +194,12 @@ class AdversarialModule(PaperModule):
                 "each update uses some of the networks only, which plain DDP takes for an error; "
                 "use --trainer.strategy ddp_find_unused_parameters_true"
             )
+        for name in self.gradient_penalised:
+            if any(isinstance(part, SyncBatchNorm) for part in getattr(self, name).modules()):
+                raise MisconfigurationException(
+                    f"{name} is under a gradient penalty and SyncBatchNorm cannot be differentiated twice; "
+                    "instead of trainer.sync_batchnorm use -c configs/trainer/sync_batchnorm.yaml, which leaves it out"
+                )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Keys the randomness and forgets the losses of the last batch."""
@@ -188,8 +215,7 @@ class AdversarialModule(PaperModule):
             )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Makes running statistics equal on all ranks and logs the losses."""
-        self._average_batch_norm_statistics()
+        """Logs the losses."""
         bar = {name: loss for name, loss in self.losses.items() if name in self.bar_terms}
         self.log_dict(bar, prog_bar=True, logger=False)
         self.log_mean_over_ranks({f"train/{name}": loss for name, loss in self.losses.items()})

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from lightning_modules.nn.ema import AveragedNetwork
@@ -107,11 +106,5 @@ class PaperModule(LightningModule):
 
     @property
     def batches_done(self) -> int:
-        """Training batches finished since the start of the run, whatever the number of optimizer steps."""
+        """Training batches before the current one, whatever the number of optimizer steps."""
         return max(self.trainer.fit_loop.epoch_loop.total_batch_idx, 0)
-
-    @property
-    def is_training_run(self) -> bool:
-        """True inside ``fit`` outside its sanity check."""
-        state = self.trainer.state.stage
-        return self.trainer.state.fn == "fit" and state != RunningStage.SANITY_CHECKING

@@ -204,6 +204,7 @@ def counterfactual_search(
         raise ValueError(f"unknown variant={variant!r}; choose 'paper' or 'reference'")
     if steps < 0:
         raise ValueError(f"steps={steps} must not be negative")
+
     start = z0.detach()
     start = start.clone() if start.dtype == torch.float64 else start.float().clone()
     batch = len(start)
@@ -241,12 +242,11 @@ def counterfactual_search(
     with torch.autocast(z.device.type, enabled=False), frozen(generator, classifier):
         for step in range(steps):
             with torch.enable_grad():
-                z.requires_grad_(True)
-                _, confidence, terms = evaluate(z)
-                (gradient,) = torch.autograd.grad(terms.objective.sum(), z)
+                leaf = z.detach().requires_grad_(True)
+                _, confidence, terms = evaluate(leaf)
+                (gradient,) = torch.autograd.grad(terms.objective.sum(), leaf)
             history.append(_Terms(*(term.detach() for term in terms)))
             with torch.no_grad():
-                z = z.detach()
                 factor = terms.objective.detach() if variant == "reference" else 1.0
                 proposal = z - speed * factor * gradient
                 if project and variant == "reference":
@@ -263,7 +263,7 @@ def counterfactual_search(
             if stop_confidence is not None and not active.any():
                 break
         with torch.no_grad():
-            images, confidence, final = evaluate(z.detach())
+            images, confidence, final = evaluate(z)
     return CounterfactualResult(
         z=z,
         images=images,

@@ -15,7 +15,7 @@ Order of things:
 
 import copy
 import hashlib
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from lightning_modules.adversarial import AdversarialModule
-from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold
+from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
 from lightning_modules.osrci.counterfactual import (
     eval_mode,
     generate_open_set,
@@ -127,6 +127,7 @@ class OSRCIModule(AdversarialModule):
     """
 
     bar_terms = ("reconstruction", "classification", "closed", "open")
+    gradient_penalised = ("discriminator",)
 
     def __init__(
         self,
@@ -284,7 +285,7 @@ class OSRCIModule(AdversarialModule):
         with self.update("discriminator") as minimize:
             with torch.no_grad():
                 if hp.fake_source == "noise":
-                    fake = self.generator(normalize_latent(gaussian, hp.scale))
+                    fake = self.generator(normalize_latent(gaussian, hp.scale, hp.normalize))
                 else:
                     fake = self.generator(self.encoder(images))
             terms = discriminator_loss(
@@ -558,6 +559,7 @@ class OSRCIModule(AdversarialModule):
 
     # ------------------------------------------------------------------ evaluation
     row_titles = ROWS
+    pool_titles: ClassVar = {"open_set": "counterfactual", "gopenmax_set": "G-OpenMax"}
 
     @property
     def ready_rows(self) -> list[str]:
@@ -567,6 +569,8 @@ class OSRCIModule(AdversarialModule):
             waiting |= {"openmax", "openmax_bendale"}
         if self.hp.gopenmax and not self.gopenmax_openmax.fitted:
             waiting |= {"gopenmax"}
+        if not len(self.open_set):
+            waiting |= {"kplusone", "margin"}
         return [row for row in self.rows if row not in waiting]
 
     @torch.no_grad()
@@ -580,7 +584,6 @@ class OSRCIModule(AdversarialModule):
             Two dicts from row to [B]: the score (larger is more unknown) and the predicted known class.
         """
         logits = self.classifier(images)
-        plus = self.kplusone_classifier(images)
         decoded = self.generator(self.encoder(images))
         scores = {kind: open_set_score(logits, kind=kind) for kind in ("msp", "mls", "energy")}
         ready = self.ready_rows
@@ -591,9 +594,11 @@ class OSRCIModule(AdversarialModule):
             )
         scores["reconstruction"] = reconstruction_score(images, decoded)
         predictions = {row: logits.argmax(1) for row in scores}
-        for kind in ("kplusone", "margin"):
-            scores[kind] = open_set_score(plus, kind=kind)
-            predictions[kind] = plus.argmax(1)
+        if "margin" in ready:
+            plus = self.kplusone_classifier(images)
+            for kind in ("kplusone", "margin"):
+                scores[kind] = open_set_score(plus, kind=kind)
+                predictions[kind] = plus.argmax(1)
         if "gopenmax" in ready:
             generative = self.gopenmax_classifier(images)
             scores["gopenmax"] = self.gopenmax_openmax.score(generative)
@@ -603,9 +608,11 @@ class OSRCIModule(AdversarialModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Collects scores of held-out known images."""
         scores, predictions = self.open_set_scores(batch["image"])
+        classifiers = {"classifier": "msp", "kplusone_classifier": "margin"}
         correct = {
-            "classifier": predictions["msp"] == batch["label"],
-            "kplusone_classifier": predictions["margin"] == batch["label"],
+            name: predictions[row] == batch["label"]
+            for name, row in classifiers.items()
+            if row in predictions
         }
         self._validation.append({**scores, **correct})
 
@@ -616,11 +623,10 @@ class OSRCIModule(AdversarialModule):
             return
         columns = self._gather_columns(collected)
         accuracies = {
-            f"val/{name}/closed_accuracy": columns.pop(name).float().mean()
+            f"val/{name}/closed_accuracy": columns[name].float().mean()
             for name in ("classifier", "kplusone_classifier")
+            if name in columns
         }
-        if not len(self.open_set):
-            del accuracies["val/kplusone_classifier/closed_accuracy"]
         self.log_dict(accuracies, prog_bar=True)
         for position, row in enumerate(self.rows):
             if row in columns:
@@ -652,9 +658,15 @@ class OSRCIModule(AdversarialModule):
             )
 
     def on_test_epoch_end(self) -> None:
-        """Logs ``test/ROW/METRIC`` for every row."""
+        """Logs ``test/ROW/METRIC`` for every row, with the macro F1 at its calibrated threshold."""
         for row in self.ready_rows:
             values = self.test_metrics[row].compute()
+            threshold = float(self.thresholds[self.rows.index(row)])
+            if threshold == threshold:
+                scores, labels, predictions = self.test_metrics[row].samples
+                values["macro_f1"] = macro_f1(
+                    scores, labels, predictions, threshold, self.hp.num_classes
+                )
             self.log_dict({f"test/{row}/{name}": value for name, value in values.items()})
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
@@ -695,7 +707,7 @@ class OSRCIModule(AdversarialModule):
         return {
             "input": images,
             "decoded": self.generator(self.encoder(images)),
-            "from noise": self.generator(normalize_latent(gaussian, hp.scale)),
+            "from noise": self.generator(normalize_latent(gaussian, hp.scale, hp.normalize)),
         }
 
     def counterfactual_columns(self, images: Tensor) -> dict[str, Tensor]:

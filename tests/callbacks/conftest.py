@@ -21,6 +21,12 @@ class SlowData(BoringGAN):
             time.sleep(0.2)
         return batch
 
+class SlowTail(BoringGAN):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        if self.global_rank == 0:
+            time.sleep(0.2)
+
 class SaveAverage(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         state = {k: v.clone() for k, v in pl_module.generator_ema.state_dict().items()}
@@ -36,9 +42,10 @@ torch.manual_seed(0)
 logger = ResumableCSVLogger(str(directory / "compute"))
 callbacks = [GeneratorEMA(), SaveAverage(), ClusterMetrics(3)]
 trainer(directory, *callbacks, logger=logger).fit(BoringGAN(sleep_rank=1, sleep=0.2), loader(48))
-logger = ResumableCSVLogger(str(directory / "data"))
-trainer(directory, ClusterMetrics(3), logger=logger).fit(SlowData(), loader(48))
-for kind in ("compute", "data"):
+for kind, module in {"data": SlowData(), "tail": SlowTail()}.items():
+    logger = ResumableCSVLogger(str(directory / kind))
+    trainer(directory, ClusterMetrics(3), logger=logger).fit(module, loader(48))
+for kind in ("compute", "data", "tail"):
     (directory / kind / "metrics.csv").rename(directory / f"{kind}.csv")
 predict = trainer(directory, PredictionWriter())
 predict.predict(BoringGAN(), loader(15, 2), return_predictions=False)

@@ -39,7 +39,7 @@ class NormWitness(BoringGAN):
 
 class SlowValidation(BoringGAN):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        time.sleep(0.5)
+        time.sleep(0.3)
 
 
 def _fit(path: Path, module: Any, every: int, **options: Any) -> ListLogger:
@@ -80,18 +80,20 @@ def test_gradient_norms_are_those_before_clipping(tmp_path: Path) -> None:
 
 
 def test_times_and_throughput_of_one_process(tmp_path: Path) -> None:
-    logger = _fit(tmp_path, BoringGAN(sleep_rank=0, sleep=0.1), every=2, max_epochs=1)
+    logger = _fit(tmp_path, BoringGAN(sleep_rank=0, sleep=0.2), every=2, max_epochs=1)
     for _, row in logger.rows:
-        assert 0.1 <= row["cluster/step_time_min"] < 0.5
-        assert row["cluster/data_time"] < 0.1
-        # Four images a batch of at least 0.1 s; the sum over the window, not the measured batch alone.
-        assert 8 < row["cluster/images_per_second"] <= 40
+        assert 0.2 <= row["cluster/step_time_min"] < 0.6
+        assert row["cluster/data_time"] < 0.2
+        # Four images a batch of at least 0.2 s.
+        assert row["cluster/images_per_second"] <= 20
+    # The second window holds its own two batches only.
+    assert logger.rows[1][1]["cluster/images_per_second"] > 12
 
 
 def test_validation_does_not_count_as_training_time(tmp_path: Path) -> None:
-    logger = _fit(tmp_path, SlowValidation(), every=4, max_epochs=3, val_check_interval=2)
-    # Half a second of validation within every four batches would leave at most 32 images a second.
-    assert all(row["cluster/images_per_second"] > 40 for _, row in logger.rows[1:])
+    logger = _fit(tmp_path, SlowValidation(), every=4, val_check_interval=1)
+    # Three validations between the four batches of an epoch would leave at most 18 images a second.
+    assert logger.rows[1][1]["cluster/images_per_second"] > 25
 
 
 def test_works_with_any_module_and_without_logger(tmp_path: Path) -> None:
@@ -111,15 +113,15 @@ def test_bad_interval() -> None:
 
 def test_finds_the_slow_one_of_two_processes(two_processes: tuple[Path, str]) -> None:
     """They take equally long for each batch, since the fast one waits: naive timing sees no straggler at all."""
-    for kind, slow in {"compute": 1, "data": 0}.items():
+    for kind, slow in {"compute": 1, "tail": 0, "data": 0}.items():
         with (two_processes[0] / f"{kind}.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["cluster/straggler_rank"]]
         assert [row["step"] for row in rows] == ["2", "5"]
         for row in rows:
             assert float(row["cluster/straggler_rank"]) == slow
-            assert float(row["cluster/straggler_ratio"]) > 1.4
+            assert float(row["cluster/straggler_ratio"]) > 1.2
             assert float(row["cluster/step_time_max"]) >= 0.2
-            assert float(row["cluster/step_time_min"]) < 0.1
+            assert float(row["cluster/step_time_min"]) < 0.15
             # 2 x 4 images in 0.2 s and a little more.
-            assert 15 < float(row["cluster/images_per_second"]) <= 40
+            assert 8 < float(row["cluster/images_per_second"]) <= 40
             assert (float(row["cluster/data_time"]) >= 0.2) == (kind == "data")

@@ -293,3 +293,5 @@ def test_draws_per_class_depend_on_nothing_but_their_purpose(
     alone = draw_per_class(labels[:30], 0.1, "a")[1]
     assert torch.equal(alone, drawn[:3])
     assert labels[draw_per_class(labels, 5, "a")[1]].bincount().tolist() == [5, 5, 3]
+    pairs = draw_per_class(torch.tensor([0] * 30 + [1] * 30), 5, "a")[1]
+    assert not torch.equal(pairs[:5] + 30, pairs[5:])

@@ -578,7 +578,9 @@ def defaults(case: Case) -> Values:
 def _measured_init(network: nn.Module) -> Values:
     """Standard deviations of the initial weights, rounded to what so many numbers can tell."""
     convs = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    norms = [layer.weight for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    norms = [
+        layer.weight.flatten() for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)
+    ]
     return {
         "conv_init_std": round(float(torch.cat([w.flatten() for w in convs]).std()), 3),
         "bn_weight_init_std": round(float(torch.cat(norms).std()), 2),

@@ -39,5 +39,7 @@ def run(arguments: list[str], log: Path, expect: int = 0) -> str:
         process.kill()
         process.join()
     text = log.read_text()
-    assert process.exitcode == expect, f"exit code {process.exitcode} instead of {expect}:\n{text[-3000:]}"
+    assert process.exitcode == expect, (
+        f"exit code {process.exitcode} instead of {expect}:\n{text[-3000:]}"
+    )
     return text

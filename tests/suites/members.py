@@ -27,7 +27,11 @@ class Member:
     def arguments(self, *overrides: dict[str, object]) -> list[str]:
         """``-c`` and the overrides as command-line arguments, later ones winning."""
         merged = {k: v for part in (self.tiny, *overrides) for k, v in part.items()}
-        return ["-c", self.config, *(text for k, v in merged.items() for text in (f"--{k}", str(v)))]
+        return [
+            "-c",
+            self.config,
+            *(text for k, v in merged.items() for text in (f"--{k}", str(v))),
+        ]
 
 
 MEMBERS = [

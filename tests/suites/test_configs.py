@@ -9,14 +9,23 @@ from tests.suites.launch import run
 from tests.suites.members import IDS, MEMBERS, Member
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "trainer")
+RECIPES = sorted(
+    p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "trainer"
+)
 OVERLAYS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs" / "trainer").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)
 def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
     run(
-        ["fit", *member.arguments(), "-c", "configs/trainer/debug.yaml", "--run.root", str(tmp_path)],
+        [
+            "fit",
+            *member.arguments(),
+            "-c",
+            "configs/trainer/debug.yaml",
+            "--run.root",
+            str(tmp_path),
+        ],
         tmp_path / "log.txt",
     )
 
@@ -31,7 +40,11 @@ def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
     run(["test", "--ckpt_path", checkpoint, *root], tmp_path / "test.txt")
     (tested,) = tmp_path.glob("*/test-000")
     first, second = (
-        {k: v for k, v in yaml.safe_load((d / "results.json").read_text())["metrics"].items() if k[:5] == "test/"}
+        {
+            k: v
+            for k, v in yaml.safe_load((d / "results.json").read_text())["metrics"].items()
+            if k[:5] == "test/"
+        }
         for d in (trained, tested)
     )
     assert first
@@ -54,6 +67,8 @@ def test_recipe_parses(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
 def test_overlay_merges_with_a_recipe(overlay: Path, tmp_path: Path) -> None:
     member = MEMBERS[0]
-    text = run(["fit", "-c", member.config, "-c", str(overlay), "--print_config"], tmp_path / "log.txt")
+    text = run(
+        ["fit", "-c", member.config, "-c", str(overlay), "--print_config"], tmp_path / "log.txt"
+    )
     for callback in yaml.safe_load(Path(ROOT / member.config).read_text())["trainer"]["callbacks"]:
         assert callback["class_path"] in text, "an overlay must not drop a recipe's callbacks"

@@ -17,7 +17,9 @@ TWO = {
 DOUBLE = {"trainer.precision": "64-true"}
 
 
-def train(member: Member, folder: Path, *overrides: dict[str, Any], trap: str = "") -> list[dict[str, Any]]:
+def train(
+    member: Member, folder: Path, *overrides: dict[str, Any], trap: str = ""
+) -> list[dict[str, Any]]:
     """Trains all phases and returns what each rank ended with."""
     arguments = ["fit", *member.arguments(member.parity, *overrides)]
     arguments += ["--run.root", str(folder), "--run.name", "run", "--run.test", "false"]

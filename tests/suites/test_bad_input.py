@@ -1,0 +1,136 @@
+"""What a user gets wrong: one clear message, a non-zero exit, and no traceback in its way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.suites.launch import run
+from tests.suites.members import IDS, MEMBERS, Member
+
+OSRCI = MEMBERS[0]
+
+
+def message(arguments: list[str], folder: Path, *, root: Path | None = None, code: int = 1) -> str:
+    text = run([*arguments, "--run.root", str(root or folder / "runs")], folder / "log.txt", code)
+    assert "Traceback" not in text, text
+    assert text.count("error: ") == 1, text
+    return text[text.index("error: ") :]
+
+
+def osrci(*extra: str) -> list[str]:
+    return ["fit", *OSRCI.arguments(), *extra]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--data.dataset", "mnist", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+        (["--data.dataset", "cifar10", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+        (["--data.split", "7"], ["split 7", "0 to 4"]),
+        (["--data.dataset", "cifar1"], ["cifar1", "cifar10"]),
+        (["--data.batch_size", "5000"], ["5000", "--data.batch_size"]),
+        (["--model.num_classes", "4"], ["num_classes=4", "6 known classes"]),
+        (["--model.scale", "3"], ["3", "1, 2, 4, 8"]),
+        (["--model.decision_score", "best"], ["'best'", "margin"]),
+        (["--checkpoint.every_n_epochs", "0"], ["every_n_epochs", "0"]),
+        (["--run.resume", "true"], ["--run.name"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    line = message(osrci(*extra), tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.lr", "fast"], ["lr", "fast", "float"]),
+        (["--model.learning_rate", "1"], ["learning_rate"]),
+        (["--trainer.epochs", "1"], ["epochs"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_option(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    line = message(osrci(*extra), tmp_path, code=2)
+    for part in expected:
+        assert part in line, line
+
+
+def test_more_known_classes_than_exist(tmp_path: Path) -> None:
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text("splits: [{known: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], unknown: []}]\n")
+    line = message(osrci("--data.protocol", str(protocol)), tmp_path)
+    assert "12" in line
+    assert "10" in line
+
+
+def test_unreadable_image(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("cat", "dog", "eel"):
+            for i in range(3):
+                (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8)).save(tmp_path / part / name / f"{i}.png")
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"not a picture")
+    protocol = tmp_path / "protocol.yaml"
+    protocol.write_text("splits: [{known: [cat, dog], unknown: [eel]}]\n")
+    data = ["--data.dataset", "image_folder", "--data.root", str(tmp_path)]
+    line = message(osrci(*data, "--data.protocol", str(protocol)), tmp_path)
+    assert str(tmp_path / "train" / "cat" / "1.png") in line
+
+
+def test_run_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = message(osrci(), tmp_path, root=tmp_path / "file" / "runs")
+    assert str(tmp_path / "file") in line
+    assert "--run.root" in line
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    taken = tmp_path / "runs" / "osrci-digits" / "mine"
+    taken.mkdir(parents=True)
+    (taken / "results.json").write_text("{}")
+    line = message(osrci("--run.name", "mine"), tmp_path)
+    assert "mine exists" in line
+    assert "--run.resume true" in line
+    assert (taken / "results.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_checkpoint_of_another_paper(member: Member, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "other.ckpt"
+    torch.save(
+        {"module_class": "Other", "state_dict": {}, "pytorch-lightning_version": "2.6.6"},
+        checkpoint,
+    )
+    line = message(["test", *member.arguments(), "--ckpt_path", str(checkpoint)], tmp_path)
+    assert "written by Other" in line
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    assert str(path) in message(["test", "--ckpt_path", str(path)], tmp_path)
+    path.write_bytes(b"nothing")
+    assert "not a readable checkpoint" in message(["test", "--ckpt_path", str(path)], tmp_path)
+
+
+def test_continuing_under_other_hyper_parameters_names_both_values(tmp_path: Path) -> None:
+    arguments = osrci("--run.name", "a", "--run.test", "false", "--model.joint_epochs", "1")
+    run([*arguments, "--run.root", str(tmp_path / "runs")], tmp_path / "first.txt")
+    line = message([*arguments, "--run.resume", "true", "--model.lr", "0.5"], tmp_path)
+    assert "lr: configuration 0.5, checkpoint 0.001" in line
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    line = message(osrci("--model.reconstruction_weight", ".inf"), tmp_path)
+    assert "reconstruction = inf at epoch 0, batch 0" in line
+    assert "checkpoint" in line
+
+
+def test_help_is_short_and_names_the_sections(tmp_path: Path) -> None:
+    text = run(["--help"], tmp_path / "log.txt")
+    assert "fit" in text
+    assert "predict" in text
