@@ -8,15 +8,11 @@ parameters enabled, which are never used. Both make the same steps on the same n
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_modules.osrci.counterfactual import counterfactual_search, search_copy
 from lightning_modules.osrci.losses import clamp_to_unit_sphere, sample_latent

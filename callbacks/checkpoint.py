@@ -94,11 +94,16 @@ class ResumableCheckpoint(Checkpoint):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signalled = signal.Signals(number).name
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Puts the previous handlers back."""
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self._handlers = {}
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Puts the previous handlers back."""
+        self._restore_handlers()
 
     def stop_requested(self, trainer: Trainer) -> bool:
         """True on all ranks if any rank was signalled; a collective call."""
@@ -161,7 +166,8 @@ class ResumableCheckpoint(Checkpoint):
             self.raise_preempted()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops before the test when the signal came in the last epoch."""
+        """Puts the previous handlers back; stops before the test when the signal came in the last epoch."""
+        self._restore_handlers()
         if self._stopping:
             self.raise_preempted()
 

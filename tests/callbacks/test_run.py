@@ -1,0 +1,100 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks.run import RunOptions, RunRecorder, open_run_directory
+from tests.callbacks.boring import BoringGAN, boring_trainer, loader
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Any:
+    for key in ("SLURM_JOB_ID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.delenv("ADVERSARIA_RUN_DIRECTORY", raising=False)
+    yield
+    os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
+
+
+def open_new(options: RunOptions, command: str = "fit") -> Path:
+    os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
+    return open_run_directory(options, command)
+
+
+def test_runs_without_a_name_are_numbered(tmp_path: Path) -> None:
+    options = RunOptions(str(tmp_path), "paper-data")
+    first = open_new(options)
+    assert first == tmp_path / "paper-data" / "run-000"
+    (first / "config.yaml").touch()
+    assert open_new(options).name == "run-001"
+    assert open_new(options).name == "run-001", "an empty directory is free"
+    assert open_new(options, "test").name == "test-000"
+
+
+def test_an_existing_name_is_refused_or_continued(tmp_path: Path) -> None:
+    options = RunOptions(str(tmp_path), "paper-data", "mine")
+    (open_new(options) / "config.yaml").touch()
+    with pytest.raises(ValueError, match="mine exists"):
+        open_new(options)
+    options.resume = True
+    assert open_new(options).name == "mine"
+
+
+def test_launched_processes_inherit_the_directory(tmp_path: Path) -> None:
+    options = RunOptions(str(tmp_path), "paper-data")
+    chosen = open_new(options)
+    (chosen / "config.yaml").touch()
+    assert open_run_directory(options, "fit") == chosen
+
+
+def test_a_scheduled_job_is_named_after_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711"
+
+
+def test_processes_without_a_common_name_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ValueError, match="a run of 2 processes needs a name"):
+        open_new(RunOptions(str(tmp_path), "paper-data"))
+
+
+def test_the_recorder_keeps_what_judges_a_number(tmp_path: Path) -> None:
+    recorder = RunRecorder("model: x\n", "paper-data", "fit")
+    trainer = boring_trainer(tmp_path, callbacks=[recorder])
+    trainer.fit(BoringGAN(), loader(), loader())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["metrics"]) == {"val/score/mean"}
+    assert all(isinstance(value, float) for value in results["metrics"].values())
+    assert results["experiment"] == "paper-data"
+    assert results["epochs"] == 2
+    assert {"python", "torch", "lightning"} <= results["versions"].keys()
+    assert results["hardware"]["cpu_cores"] == os.cpu_count()
+    assert (tmp_path / "config.yaml").read_text() == "model: x\n"
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    trainer.test(BoringGAN(), loader(), verbose=False)
+    tested = json.loads((tmp_path / "results.json").read_text())
+    assert set(tested["metrics"]) == {"val/score/mean", "test/score/mean"}
+
+
+def test_another_configuration_does_not_replace_the_first(tmp_path: Path) -> None:
+    for text in ("a: 1\n", "a: 1\n", "a: 2\n"):
+        recorder = RunRecorder(text)
+        recorder.setup(boring_trainer(tmp_path), BoringGAN(), "fit")
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+    assert (tmp_path / "config-resumed-1.yaml").read_text() == "a: 2\n"
+    assert not (tmp_path / "config-resumed-2.yaml").exists()
+
+
+def test_wall_time_adds_up_over_interruptions() -> None:
+    first, second = RunRecorder(), RunRecorder()
+    first.wall_time = 100.0
+    second.load_state_dict(first.state_dict())
+    assert second.wall_time >= 100.0
