@@ -583,26 +583,28 @@ class OSRCIModule(AdversarialModule):
         Returns:
             Two dicts from row to [B]: the score (larger is more unknown) and the predicted known class.
         """
-        logits = self.classifier(images)
-        decoded = self.generator(self.encoder(images))
-        scores = {kind: open_set_score(logits, kind=kind) for kind in ("msp", "mls", "energy")}
-        ready = self.ready_rows
-        if "openmax" in ready:
-            scores["openmax"] = self.openmax.score(logits)
-            scores["openmax_bendale"] = self.openmax.score(
-                logits, variant="bendale", alpha=self.hp.openmax_alpha
-            )
-        scores["reconstruction"] = reconstruction_score(images, decoded)
-        predictions = {row: logits.argmax(1) for row in scores}
-        if "margin" in ready:
-            plus = self.kplusone_classifier(images)
-            for kind in ("kplusone", "margin"):
-                scores[kind] = open_set_score(plus, kind=kind)
-                predictions[kind] = plus.argmax(1)
-        if "gopenmax" in ready:
-            generative = self.gopenmax_classifier(images)
-            scores["gopenmax"] = self.gopenmax_openmax.score(generative)
-            predictions["gopenmax"] = generative.argmax(1)
+        # In full precision: bfloat16 logits would tie by the dozen and blunt every ranking metric.
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.classifier(images)
+            decoded = self.generator(self.encoder(images))
+            scores = {kind: open_set_score(logits, kind=kind) for kind in ("msp", "mls", "energy")}
+            ready = self.ready_rows
+            if "openmax" in ready:
+                scores["openmax"] = self.openmax.score(logits)
+                scores["openmax_bendale"] = self.openmax.score(
+                    logits, variant="bendale", alpha=self.hp.openmax_alpha
+                )
+            scores["reconstruction"] = reconstruction_score(images, decoded)
+            predictions = {row: logits.argmax(1) for row in scores}
+            if "margin" in ready:
+                plus = self.kplusone_classifier(images)
+                for kind in ("kplusone", "margin"):
+                    scores[kind] = open_set_score(plus, kind=kind)
+                    predictions[kind] = plus.argmax(1)
+            if "gopenmax" in ready:
+                generative = self.gopenmax_classifier(images)
+                scores["gopenmax"] = self.gopenmax_openmax.score(generative)
+                predictions["gopenmax"] = generative.argmax(1)
         return scores, predictions
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

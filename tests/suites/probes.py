@@ -29,7 +29,7 @@ class StateDump(Callback):
 
 
 class SignalAt(Callback):
-    """Sends a signal to this process at a certain batch, or at a certain call of a method of the module."""
+    """Sends a signal to rank 0 at a certain batch, or at a certain call of a method of the module."""
 
     def __init__(self, name: str, batch: int = -1, method: str = "", call: int = 1) -> None:
         self.number = signal.Signals[name]
@@ -40,7 +40,7 @@ class SignalAt(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+        if trainer.is_global_zero and trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
             os.kill(os.getpid(), self.number)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,6 +56,18 @@ class SignalAt(Callback):
             return original(*args, **kwargs)
 
         setattr(pl_module, self.method, counted)
+
+
+class BrokenLoss(Callback):
+    """Makes a loss of rank 1 not a number, once."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            module: Any = pl_module
+            name = next(iter(module.losses))
+            module.losses[name] = torch.tensor(torch.nan)
 
 
 class Trap(Callback):

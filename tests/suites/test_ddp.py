@@ -1,14 +1,17 @@
 """Two processes with half the batch each follow one process with the whole batch."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.suites.launch import run
+from tests.suites.launch import TIME_LIMIT, run
 from tests.suites.members import IDS, MEMBERS, Member
 
+ROOT = Path(__file__).parents[2]
 TWO = {
     "trainer.accelerator": "cpu",
     "trainer.devices": 2,
@@ -17,12 +20,16 @@ TWO = {
 DOUBLE = {"trainer.precision": "64-true"}
 
 
+def run_options(folder: Path) -> list[str]:
+    return ["--run.root", str(folder), "--run.name", "run", "--run.test", "false"]
+
+
 def train(
-    member: Member, folder: Path, *overrides: dict[str, Any], trap: str = ""
+    member: Member, folder: Path, *overrides: dict[str, Any], trap: str = "", parity: bool = True
 ) -> list[dict[str, Any]]:
     """Trains all phases and returns what each rank ended with."""
-    arguments = ["fit", *member.arguments(member.parity, *overrides)]
-    arguments += ["--run.root", str(folder), "--run.name", "run", "--run.test", "false"]
+    base = member.parity if parity else {}
+    arguments = ["fit", *member.arguments(base, *overrides), *run_options(folder)]
     arguments += ["--trainer.callbacks+", "tests.suites.probes.StateDump"]
     arguments += ["--trainer.callbacks.folder", str(folder / "dump")]
     if trap:
@@ -56,12 +63,44 @@ def test_two_processes_follow_one(member: Member, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)
-def test_ranks_are_equal_with_batch_norm(member: Member, tmp_path: Path) -> None:
-    first, second = train(member, tmp_path, TWO, {key: value for key, value in DEFAULTS.items()})
+def test_ranks_are_equal_with_what_depends_on_the_local_batch(
+    member: Member, tmp_path: Path
+) -> None:
+    """As users run it, batch norm and dropout included; and a preempted run continues exactly."""
+    first, second = train(member, tmp_path / "whole", TWO, parity=False)
     assert largest_difference(first, second) == 0
 
+    stopped = tmp_path / "stopped"
+    probe = [
+        "--trainer.callbacks+",
+        "tests.suites.probes.SignalAt",
+        "--trainer.callbacks.name",
+        "SIGTERM",
+    ]
+    probe += ["--trainer.callbacks.batch", str(member.batches[0] - 1)]
+    # Lightning launches these as real processes, as on a cluster; only rank 0 gets the signal.
+    launched = {**TWO, "trainer.strategy": "ddp_find_unused_parameters_true"}
+    arguments = ["fit", *member.arguments(launched), *run_options(stopped), *probe]
+    process = subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIME_LIMIT,
+    )
+    assert process.returncode == 75, process.stderr[-3000:]
+    resumed, other = train(member, stopped, TWO, {"run.resume": "true"}, parity=False)
+    assert largest_difference(resumed, other) == 0
+    assert largest_difference(first, resumed) == 0
 
-DEFAULTS = {"model.norm": "batch", "model.dropout": 0.2, "model.gather_minibatch_feature": "false"}
+
+@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+def test_one_broken_rank_stops_all(member: Member, tmp_path: Path) -> None:
+    probe = ["--trainer.callbacks+", "tests.suites.probes.BrokenLoss"]
+    arguments = ["fit", *member.arguments(TWO), *run_options(tmp_path), *probe]
+    text = run(arguments, tmp_path / "log.txt", expect=1)
+    assert "NonFiniteLossError" in text
+    assert "epoch 0, batch 1" in text
 
 
 @pytest.mark.parametrize("trap", ["plain_backward", "unkeyed_noise", "drifting_buffers"])
@@ -73,5 +112,5 @@ def test_the_suite_notices(trap: str, tmp_path: Path) -> None:
         first, second = train(member, tmp_path / "two", DOUBLE, TWO, trap=trap)
         assert largest_difference(one, first) > 1e-6
         return
-    first, second = train(member, tmp_path, TWO, DEFAULTS, trap=trap)
+    first, second = train(member, tmp_path, TWO, trap=trap, parity=False)
     assert largest_difference(first, second) > 1e-6
