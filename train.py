@@ -4,12 +4,9 @@ import importlib
 import os
 import pkgutil
 import sys
-import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -19,14 +16,31 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import callbacks
 import datamodules
 import lightning_modules
-from callbacks.checkpoint import AtomicCheckpointIO, Preempted, ResumableCheckpoint
+from callbacks.checkpoint import (
+    AtomicCheckpointIO,
+    Preempted,
+    ResumableCheckpoint,
+    refuse_other_hyperparameters,
+)
 from callbacks.finite import FiniteGuard
 from callbacks.loggers import ResumableCSVLogger
 from callbacks.predictions import PredictionWriter
-from callbacks.run import RunOptions, RunRecorder, chosen_directory, open_run_directory
+from callbacks.run import (
+    RunOptions,
+    RunRecorder,
+    chosen_directory,
+    keep_traceback,
+    open_run_directory,
+    readable_message,
+    with_checkpoint_config,
+)
 from callbacks.sweep import sweep
 
 OTHER = ("validate", "test", "predict")
+DESCRIPTION = (
+    "Adversaria: train.py fit -c configs/PAPER/DATASET.yaml [-c configs/trainer/OVERLAY.yaml] [--KEY VALUE ...]; "
+    "train.py test|validate|predict --ckpt_path FILE; train.py sweep --help for several runs and their mean"
+)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the job script requeues on it
 
 # A class that was imported can be named in a configuration without its module.
@@ -54,7 +68,7 @@ class AdversariaCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments on top of the configuration that ``--ckpt_path`` remembers."""
         arguments = sys.argv[1:] if not isinstance(args, list) else args
-        self.config = parser.parse_args(_with_checkpoint_config(arguments))
+        self.config = parser.parse_args(with_checkpoint_config(arguments))
 
     def _parse_ckpt_path(self) -> None:
         """Not wanted: Lightning would let the checkpoint's arguments override the configuration."""
@@ -103,59 +117,13 @@ class AdversariaCLI(LightningCLI):
         path = self.config.fit.ckpt_path
         if not path:
             return
-        remembered = _load_checkpoint(path).get("hyper_parameters", {})
-        differing = [
-            f"{key}: configuration {value!r}, checkpoint {remembered[key]!r}"
-            for key, value in self.model.hparams.items()
-            if key in remembered and not _equal(remembered[key], value)
-        ]
-        if differing:
-            raise ValueError(
-                f"cannot continue {path} with other hyper-parameters ({'; '.join(differing)}); "
-                "give the checkpoint's values, or start a new run under another --run.name"
-            )
+        refuse_other_hyperparameters(path, dict(self.model.hparams))
 
     def after_fit(self) -> None:
         """Runs the test protocol."""
         fit = self.config.fit
         if fit.run.test and not fit.trainer.fast_dev_run:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-
-
-def _load_checkpoint(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; --ckpt_path takes the path of a .ckpt file"
-        )
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return list(a) == list(b) if isinstance(a, tuple | list) else a == b
-
-
-def _with_checkpoint_config(arguments: list[str]) -> list[str]:
-    """Puts the configuration stored in ``--ckpt_path`` before the files and arguments given."""
-    path = None
-    for position, argument in enumerate(arguments):
-        if argument == "--ckpt_path":
-            path = arguments[position + 1] if position + 1 < len(arguments) else None
-        elif argument.startswith("--ckpt_path="):
-            path = argument.split("=", 1)[1]
-    if path is None:
-        return arguments
-    stored = yaml.safe_load(_load_checkpoint(path).get("config") or "{}")
-    wanted = ["model", "data", "seed_everything"]
-    if arguments[0] == "fit":
-        wanted += ["trainer", "checkpoint"]
-    kept = {key: stored[key] for key in wanted if key in stored}
-    if "run" in stored:
-        kept["run"] = {key: stored["run"][key] for key in ("root", "experiment")}
-    text = yaml.safe_dump(kept, default_flow_style=True, width=10**9)
-    return [arguments[0], "-c", text, *arguments[1:]] if kept else arguments
 
 
 def main(args: list[str] | None = None) -> AdversariaCLI | None:
@@ -186,7 +154,7 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
             save_config_callback=None,
             trainer_defaults={"devices": 1},
             parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
-            | {"exit_on_error": False},
+            | {"exit_on_error": False, "description": DESCRIPTION},
             args=args,
         )
     except Preempted as stop:
@@ -194,48 +162,18 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         sys.exit(EXIT_PREEMPTED)
     except ArgumentError as error:
         print(
-            f"error: {_readable(error)}\n(python train.py fit --help lists the arguments)",
+            f"error: {readable_message(error)}\n(a recipe is given with -c configs/PAPER/DATASET.yaml; "
+            "python train.py fit --help lists all arguments)",
             file=sys.stderr,
         )
         sys.exit(2)
     except (ArithmeticError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
-        print(f"error: {_readable(error)}", file=sys.stderr)
-        _keep_traceback()
+        print(f"error: {readable_message(error)}", file=sys.stderr)
+        keep_traceback()
         sys.exit(1)
     finally:
         if inherited is None:
             os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
-
-
-def _readable(error: BaseException) -> str:
-    """The message of our own code where an error was wrapped, else the parser's without its talk of types."""
-    cause: BaseException | None = error
-    while cause is not None:
-        frames = traceback.extract_tb(cause.__traceback__)
-        raised_in = frames[-1].filename if frames else ""
-        if raised_in.startswith(str(Path(__file__).parent)) and ".venv" not in raised_in:
-            return str(cause)
-        cause = cause.__cause__
-    noise = (
-        "Subtypes:",
-        "Given value",
-        "Errors:",
-        "Does not validate",
-        "- Expected a <class 'NoneType'>",
-    )
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line for line in lines if not line.startswith(noise))
-
-
-def _keep_traceback() -> None:
-    """Where a run directory exists, the traceback goes there, out of the way of the message."""
-    directory = chosen_directory()
-    if directory is None or not directory.is_dir():
-        return
-    path = directory / "error.log"
-    with path.open("a") as file:
-        traceback.print_exc(file=file)
-    print(f"(traceback in {path})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -190,3 +190,43 @@ def find_checkpoint_callback(trainer: Trainer) -> ResumableCheckpoint | None:
     """The trainer's :class:`ResumableCheckpoint`, None without one."""
     found = (c for c in trainer.callbacks if isinstance(c, ResumableCheckpoint))  # type: ignore[attr-defined]
     return next(found, None)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint file to the CPU.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; --ckpt_path takes the path of a .ckpt file"
+        )
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+
+
+def refuse_other_hyperparameters(path: str | Path, hparams: dict[str, Any]) -> None:
+    """Refuses to continue a checkpoint under other hyper-parameters than it was trained with.
+
+    Raises:
+        ValueError: naming each argument with both values.
+    """
+    remembered = load_checkpoint(path).get("hyper_parameters", {})
+    differing = [
+        f"{key}: configuration {value!r}, checkpoint {remembered[key]!r}"
+        for key, value in hparams.items()
+        if key in remembered and not _same(remembered[key], value)
+    ]
+    if differing:
+        raise ValueError(
+            f"cannot continue {path} with other hyper-parameters ({'; '.join(differing)}); "
+            "give the checkpoint's values, or start a new run under another --run.name"
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    return list(a) == list(b) if isinstance(a, tuple | list) else a == b

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from callbacks.checkpoint import is_debug_run
+from callbacks.checkpoint import is_debug_run, load_checkpoint
 from lightning_modules.randomness import global_seed
 
 # Processes that Lightning launches inherit the directory that the first one chose.
@@ -247,3 +248,55 @@ def hardware() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def with_checkpoint_config(arguments: list[str]) -> list[str]:
+    """Puts the configuration stored in ``--ckpt_path`` before the files and arguments given."""
+    path = None
+    for position, argument in enumerate(arguments):
+        if argument == "--ckpt_path":
+            path = arguments[position + 1] if position + 1 < len(arguments) else None
+        elif argument.startswith("--ckpt_path="):
+            path = argument.split("=", 1)[1]
+    if path is None:
+        return arguments
+    stored = yaml.safe_load(load_checkpoint(path).get("config") or "{}")
+    wanted = ["model", "data", "seed_everything"]
+    if arguments[0] == "fit":
+        wanted += ["trainer", "checkpoint"]
+    kept = {key: stored[key] for key in wanted if key in stored}
+    if "run" in stored:
+        kept["run"] = {key: stored["run"][key] for key in ("root", "experiment")}
+    text = yaml.safe_dump(kept, default_flow_style=True, width=10**9)
+    return [arguments[0], "-c", text, *arguments[1:]] if kept else arguments
+
+
+def readable_message(error: BaseException) -> str:
+    """The message of our own code where an error was wrapped, else the parser's without its talk of types."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        raised_in = frames[-1].filename if frames else ""
+        if raised_in.startswith(str(Path(__file__).parents[1])) and ".venv" not in raised_in:
+            return str(cause)
+        cause = cause.__cause__
+    noise = (
+        "Subtypes:",
+        "Given value",
+        "Errors:",
+        "Does not validate",
+        "- Expected a <class 'NoneType'>",
+    )
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line for line in lines if not line.startswith(noise))
+
+
+def keep_traceback() -> None:
+    """Where a run directory exists, the traceback goes there, out of the way of the message."""
+    directory = chosen_directory()
+    if directory is None or not directory.is_dir():
+        return
+    path = directory / "error.log"
+    with path.open("a") as file:
+        traceback.print_exc(file=file)
+    print(f"(traceback in {path})", file=sys.stderr)

@@ -25,7 +25,9 @@ def sweep(arguments: list[str]) -> None:
         ValueError: for a missing or malformed ``--over``, or runs that must not share a table.
         RuntimeError: if a run failed.
     """
-    parser = argparse.ArgumentParser(prog="train.py sweep", description=sweep.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="train.py sweep", description=(sweep.__doc__ or "").split("Raises")[0]
+    )
     parser.add_argument("--over", action="append", default=[], metavar="KEY=V1,V2,...")
     parser.add_argument("--name", default="sweep", help="prefix of the run names")
     known, rest = parser.parse_known_args(arguments)

@@ -13,7 +13,6 @@ Order of things:
 4. ``kplusone`` phase: a copy of the classifier learns them as the class "unknown", whose logit is the constant 0.
 """
 
-import copy
 import hashlib
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,7 +26,6 @@ from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_thresh
 from lightning_modules.osrci.counterfactual import (
     eval_mode,
     generate_open_set,
-    interpolated_open_set_candidates,
     recalibrate_batch_norm,
 )
 from lightning_modules.osrci.losses import (
@@ -43,8 +41,12 @@ from lightning_modules.osrci.losses import (
 )
 from lightning_modules.osrci.networks import Classifier32, Discriminator32, Encoder32, Generator32
 from lightning_modules.osrci.openmax import OpenMax
-from lightning_modules.osrci.synthesis import ImageBank, OpenSetPool, to_uint8
-from lightning_modules.paper import PaperModule
+from lightning_modules.osrci.synthesis import (
+    ImageBank,
+    OpenSetPool,
+    interpolated_open_set,
+    to_uint8,
+)
 from lightning_modules.randomness import global_seed, keyed_generator, mix
 
 
@@ -511,51 +513,22 @@ class OSRCIModule(AdversarialModule):
             )
         return dict(zip(("images", "confidence", "distance", "steps"), found.tensors, strict=True))
 
-    @torch.no_grad()
     def _interpolations(self, bank: ImageBank, samples: range) -> dict[str, Tensor]:
-        """G-OpenMax as in the released code: decoded mixtures of two codes that the classifier is unsure of."""
-        wanted, images, start, confidence = len(samples), [], [], []
         generator = keyed_generator("interpolation", samples.start)
-        networks = (self.encoder, self.generator, self.classifier)
-        least: tuple[Tensor, Tensor, Tensor] | None = None
-        found = 0
-        with eval_mode(*networks):
-            for _ in range(self.hp.gopenmax_tries):
-                pairs = torch.randint(len(bank), (2, wanted), generator=generator)
-                theta = torch.rand(wanted, generator=generator, dtype=torch.double)
-                first, second = (self.encoder(self._batch(bank, pair)["image"]) for pair in pairs)
-                candidates = interpolated_open_set_candidates(
-                    first, second, theta.to(first), self.generator, self.classifier
-                )
-                keep = candidates.keep.nonzero().squeeze(1)[: wanted - found]
-                images.append(candidates.images[keep])
-                start.append(pairs[0][keep.cpu()])
-                confidence.append(candidates.confidence[keep])
-                found += len(keep)
-                order = candidates.confidence.argsort()
-                if least is None or candidates.confidence.min() < least[2].min():
-                    least = (
-                        candidates.images[order],
-                        pairs[0][order.cpu()],
-                        candidates.confidence[order],
-                    )
-                if found == wanted:
-                    break
-        if found < wanted:
-            # The released code would try for ever when the classifier is sure of everything.
-            rank_zero_warn(
-                f"G-OpenMax: only {found} of {wanted} candidates below confidence 0.5 after {self.hp.gopenmax_tries} "
-                "tries; filled up with the least confident ones of one try"
-            )
-            assert least is not None
-            images.append(least[0][: wanted - found])
-            start.append(least[1][: wanted - found])
-            confidence.append(least[2][: wanted - found])
-        return {
-            "images": to_uint8(torch.cat(images)),
-            "start": torch.cat(start),
-            "confidence": torch.cat(confidence),
-        }
+
+        def draw(count: int) -> tuple[Tensor, Tensor, Tensor]:
+            pairs = torch.randint(len(bank), (2, count), generator=generator)
+            theta = torch.rand(count, generator=generator, dtype=torch.double)
+            return pairs[0], pairs[1], theta
+
+        made = interpolated_open_set(
+            lambda indices: self.encoder(self._batch(bank, indices)["image"]),
+            (self.encoder, self.generator, self.classifier),
+            draw,
+            len(samples),
+            self.hp.gopenmax_tries,
+        )
+        return {**made, "images": to_uint8(made["images"])}
 
     # ------------------------------------------------------------------ evaluation
     row_titles = ROWS
@@ -756,58 +729,3 @@ class OSRCIModule(AdversarialModule):
         """Takes the class names back."""
         super().on_load_checkpoint(checkpoint)
         self.class_names = list(checkpoint["class_names"])
-
-
-class KPlusOneClassifierModule(PaperModule):
-    """The K+1 phase alone: any classifier with K logits against any set of open-set images.
-
-    Args:
-        classifier: maps images [B, C, H, W] to K logits; trained in place.
-        open_set: images [N, C, H, W] in [0, 1] of the class "unknown".
-        lr: learning rate of Adam.
-        betas: of Adam.
-    """
-
-    bar_terms = ("closed", "open")
-
-    def __init__(
-        self,
-        classifier: torch.nn.Module,
-        open_set: Tensor,
-        lr: float = 1e-5,
-        betas: tuple[float, float] = (0.5, 0.999),
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters("lr", "betas")
-        self.classifier = classifier
-        self.register_buffer("open_set", open_set)
-
-    @classmethod
-    def from_classifier(
-        cls, classifier: torch.nn.Module, open_set: Tensor, **options: Any
-    ) -> "KPlusOneClassifierModule":
-        """Starts from a copy of ``classifier``, weights and buffers, and leaves the original alone."""
-        return cls(copy.deepcopy(classifier), open_set, **options)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K]; the logit of "unknown" is the constant 0."""
-        return self.classifier(images)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Closed loss on the known batch plus open loss on as many open-set images."""
-        images: Any = self.open_set
-        uniform = self.draw("open_set", "uniform", len(batch["image"]))
-        unknown = images[(uniform * len(images)).long()]
-        loss = kplusone_loss(self(batch["image"]), batch["label"], self(unknown))
-        self.log_dict({f"train/{name}": value.detach() for name, value in loss.items()})
-        return loss["total"]
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Margin score (larger is more unknown) and the best known class of every image."""
-        logits = self(batch["image"])
-        return {"score": open_set_score(logits, kind="margin"), "label": logits.argmax(1)}
-
-    def configure_optimizers(self) -> Optimizer:
-        """Adam, as in the joint phase, with a smaller learning rate."""
-        hparams: Any = self.hparams
-        return Adam(self.classifier.parameters(), lr=hparams.lr, betas=tuple(hparams.betas))

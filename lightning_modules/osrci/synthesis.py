@@ -1,10 +1,13 @@
 """The generated open set: where it is kept and how a chunk of it is made."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+
+from lightning_modules.osrci.counterfactual import eval_mode, interpolated_open_set_candidates
 
 
 class ImageBank(Protocol):
@@ -76,3 +79,58 @@ class OpenSetPool(nn.Module):
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [0, 1] to uint8, rounded. (The released code truncates.)"""
     return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def interpolated_open_set(
+    encode: Callable[[Tensor], Tensor],
+    networks: tuple[nn.Module, nn.Module, nn.Module],
+    draw: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+    count: int,
+    tries: int,
+) -> dict[str, Tensor]:
+    """G-OpenMax as in the released code: decoded mixtures of two codes that the classifier is unsure of.
+
+    The released code tries for ever when the classifier is sure of everything; here the set is filled up
+    with the least confident candidates of one try, with a warning.
+
+    Args:
+        encode: indices of training images [B] to their codes.
+        networks: encoder, generator and classifier; in evaluation mode for the duration.
+        draw: a number B to indices [B] of the first and the second image and their theta [B] in [0, 1).
+        count: images to make.
+        tries: batches of ``count`` candidates drawn at most.
+
+    Returns:
+        ``images`` [count, C, H, W], ``start`` (index of the first image) and ``confidence`` (largest class
+        probability), [count] each.
+    """
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    least: tuple[Tensor, Tensor, Tensor] | None = None
+    missing = count
+    _, generator, classifier = networks
+    with eval_mode(*networks):
+        for _ in range(tries):
+            first, second, theta = draw(count)
+            codes = encode(first), encode(second)
+            found = interpolated_open_set_candidates(
+                *codes, theta.to(codes[0]), generator, classifier
+            )
+            columns = found.images, first.to(found.images.device), found.confidence
+            chosen = found.keep.nonzero().squeeze(1)[:missing]
+            kept.append(tuple(column[chosen] for column in columns))  # type: ignore[arg-type]
+            missing -= len(chosen)
+            if least is None or found.confidence.min() < least[2].min():
+                order = found.confidence.argsort()
+                least = tuple(column[order] for column in columns)  # type: ignore[assignment]
+            if not missing:
+                break
+    if missing:
+        rank_zero_warn(
+            f"G-OpenMax: only {count - missing} of {count} candidates below confidence 0.5 after {tries} tries; "
+            "filled up with the least confident ones of one try"
+        )
+        assert least is not None
+        kept.append(tuple(column[:missing] for column in least))  # type: ignore[arg-type]
+    images, start, confidence = (torch.cat(columns) for columns in zip(*kept, strict=True))
+    return {"images": images, "start": start, "confidence": confidence}

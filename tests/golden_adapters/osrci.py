@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.open_set import OpenSetDataModule
 from datamodules.open_set_splits import osr_split
 from lightning_modules.metrics.open_set import open_set_metrics
+from lightning_modules.osrci import KPlusOneClassifierModule, OSRCIModule
 from lightning_modules.osrci.counterfactual import (
     counterfactual_search,
     interpolated_open_set_candidates,
@@ -32,7 +33,7 @@ from lightning_modules.osrci.losses import (
     plus_minus_one_targets,
     reconstruction_loss,
 )
-from lightning_modules.osrci.module import PRESETS, KPlusOneClassifierModule, OSRCIModule
+from lightning_modules.osrci.module import PRESETS
 from lightning_modules.osrci.networks import (
     SCALES,
     Classifier32,
