@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
 from callbacks.checkpoint import find_checkpoint_callback
-from callbacks.media import labelled_grid, log_images, run_directory
+from callbacks.media import labelled_grid, log_images, log_table, run_directory
 
 Pools = dict[str, dict[str, torch.Tensor]]
 
@@ -28,7 +28,8 @@ class CounterfactualSynthesis(Callback):
     * ``store_synthesis(pools)``.
 
     Whole chunks are shared among the ranks, so the set is the same for any number of ranks. A finished chunk is written
-    to the run directory at once; after a kill only unfinished ones are made again.
+    to the run directory at once; after a kill only unfinished ones are made again. What the module records of each
+    sample (probability of the target, distance, steps ...) goes to ``tables/synthesis-*.csv`` and the loggers.
 
     A dict ``pool_titles`` (pool to title) makes the picture easier to read.
 
@@ -95,6 +96,7 @@ class CounterfactualSynthesis(Callback):
             for pool in ordered[0]
         }
         module.store_synthesis(pools)
+        self._record(trainer, request, pools)
         if self.preview:
             self._show(trainer, module, pools)
 
@@ -117,6 +119,14 @@ class CounterfactualSynthesis(Callback):
         torch.save({"fingerprint": fingerprint, "pools": pools}, partial)
         partial.replace(path)
         return pools
+
+    def _record(self, trainer: Trainer, request: range, pools: Pools) -> None:
+        """One row for each sample, whatever the pool keeps of it beside the image."""
+        for pool, content in pools.items():
+            columns = {name: values for name, values in content.items() if values.ndim == 1}
+            rows = zip(request, *(values.tolist() for values in columns.values()), strict=True)
+            key = f"synthesis/{pool}-{request.start:06d}"
+            log_table(trainer, key, ["sample", *columns], [list(row) for row in rows])
 
     def _show(self, trainer: Trainer, module: Any, pools: Pools) -> None:
         if not trainer.is_global_zero:

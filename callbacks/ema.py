@@ -3,12 +3,11 @@
 import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_modules.nn.ema import AveragedNetwork
+from lightning_modules.nn.statistics import average_over_ranks
 
 
 class GeneratorEMA(Callback):
@@ -79,19 +78,5 @@ class GeneratorEMA(Callback):
         average.update_parameters(
             getattr(pl_module, self.network), copy=average.updates < self.start_batch
         )
-        if trainer.world_size > 1:
-            # A module may make its statistics equal only after this hook.
-            average_buffers_over_ranks(trainer, average.module)
-
-
-@torch.no_grad()
-def average_buffers_over_ranks(trainer: Trainer, network: torch.nn.Module) -> None:
-    """Replaces the floating-point buffers of ``network`` by their mean over the ranks, in one reduction."""
-    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-    reduced = trainer.strategy.reduce(flat, reduce_op="mean")
-    assert isinstance(reduced, Tensor)
-    for buffer, mean in zip(buffers, reduced.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+        # Under automatic optimisation the statistics of the ranks become equal only before their next use.
+        average_over_ranks(trainer, (b for b in average.module.buffers() if b.is_floating_point()))

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_modules.nn.statistics import average_over_ranks
 from lightning_modules.paper import PaperModule
 
 Minimize = Callable[..., Tensor]
@@ -231,21 +232,13 @@ class AdversarialModule(PaperModule):
     def _average_batch_norm_statistics(self) -> None:
         # DDP broadcasts buffers only before the first batch under manual optimisation. The mean over the
         # ranks is also the better estimate: it has seen the whole global batch.
-        if self.trainer.world_size == 1:
-            return
-        statistics = [
-            buffer
-            for module in self.modules()
-            if isinstance(module, _BatchNorm) and module.training and module.track_running_stats
-            for buffer in (module.running_mean, module.running_var)
-            if buffer is not None
-        ]
-        if not statistics:
-            return
-        flat = torch.cat([buffer.reshape(-1) for buffer in statistics])
-        flat = self.trainer.strategy.reduce(flat, reduce_op="mean")
-        assert isinstance(flat, Tensor)
-        for buffer, mean in zip(
-            statistics, flat.split([b.numel() for b in statistics]), strict=True
-        ):
-            buffer.copy_(mean.view_as(buffer))
+        average_over_ranks(
+            self.trainer,
+            (
+                buffer
+                for module in self.modules()
+                if isinstance(module, _BatchNorm) and module.training
+                for buffer in (module.running_mean, module.running_var)
+                if buffer is not None
+            ),
+        )

@@ -70,6 +70,10 @@ def test_all_samples_arrive_in_order(tmp_path: Path) -> None:
     assert module.made == [range(0, 4), range(4, 8), range(8, 10)]
     assert module.stored["pool"]["images"][:, 0, 0, 0].tolist() == list(range(10))
     assert len(list((tmp_path / "images").glob("counterfactuals-generated*"))) == 1
+    table = (tmp_path / "tables" / "synthesis-pool-000000.csv").read_text().splitlines()
+    assert table[0] == "sample,start"
+    assert table[7] == "6,0"
+    assert len(table) == 11
 
 
 def test_finished_chunks_are_not_made_again_unless_something_changed(tmp_path: Path) -> None:
