@@ -217,8 +217,6 @@ class AdversarialModule(PaperModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Logs the losses."""
-        bar = {name: loss for name, loss in self.losses.items() if name in self.bar_terms}
-        self.log_dict(bar, prog_bar=True, logger=False)
         self.log_mean_over_ranks({f"train/{name}": loss for name, loss in self.losses.items()})
 
     def on_train_epoch_end(self) -> None:

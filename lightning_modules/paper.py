@@ -102,7 +102,9 @@ class PaperModule(LightningModule):
         stacked = torch.stack([value.detach().float().reshape(()) for value in values.values()])
         reduced = trainer.strategy.reduce(stacked, reduce_op="mean")
         assert isinstance(reduced, Tensor)
-        self.log_dict(dict(zip(values, reduced, strict=True)), on_step=True, on_epoch=False)
+        for name, value in zip(values, reduced, strict=True):
+            on_bar = name.split("/")[-1] in self.bar_terms
+            self.log(name, value, on_step=True, on_epoch=False, prog_bar=on_bar)
 
     @property
     def batches_done(self) -> int:

@@ -497,8 +497,8 @@ class _ScriptedKPlusOne(KPlusOneClassifierModule):
         hparams: Any = self.hparams
         return SGD(self.classifier.parameters(), hparams.lr)
 
-    def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
-        self.losses = dict(dictionary)
+    def log_mean_over_ranks(self, values: dict[str, Tensor]) -> None:
+        self.losses = dict(values)
 
 
 def kplusone_training_step(case: Case) -> Values:
