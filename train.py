@@ -1,6 +1,7 @@
 """One entry point for every paper: ``python train.py fit|validate|test|predict -c configs/PAPER/DATASET.yaml``."""
 
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -11,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks
@@ -63,6 +65,8 @@ class AdversariaCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
             parser.set_defaults(verbose=False)  # the papers' own tables say it better
+        if subcommand == "predict":
+            parser.set_defaults(return_predictions=False)  # they are written batch by batch
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -78,6 +82,7 @@ class AdversariaCLI(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         self.directory = open_run_directory(RunOptions(**config.run.as_dict()), self.subcommand)
+        rank_zero_info(f"run directory: {self.directory}")
         for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
             if "save_dir" in logger.init_args:
                 logger.init_args.save_dir = str(self.directory)
@@ -136,9 +141,11 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         The finished CLI with its ``trainer``, ``model`` and ``datamodule``.
     """
     arguments = sys.argv[1:] if args is None else args
-    # Our loaders do resume within an epoch; Lightning cannot know.
-    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning's own use of a deprecated torch name, and its advertisement, tell a user nothing.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
     inherited = chosen_directory()
     try:
         if arguments[:1] == ["sweep"]:

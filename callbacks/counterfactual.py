@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tqdm.auto import tqdm
 
@@ -71,7 +72,7 @@ class CounterfactualSynthesis(Callback):
             total=len(request),
             desc=f"synthesis {request.start}-{request.stop}",
             unit="image",
-            disable=not trainer.is_global_zero,
+            disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
         )
         # The same number of turns on every rank: the decision to stop is taken together.
         for turn in range(-(-len(chunks) // trainer.world_size)):
@@ -171,6 +172,7 @@ class CounterfactualGridCallback(Callback):
             rank_in_class[members] = torch.arange(len(members))
         chosen = (rank_in_class * (labels.max() + 1) + labels).argsort()[: self.rows]
         images = bank.batch(chosen, module.device, module.dtype)["image"]
+        rank_zero_info(f"drawing the counterfactual grid of {len(images)} images")
         columns = module.counterfactual_columns(images)
         rows = {
             module.class_names[int(label)]: torch.stack(

@@ -14,12 +14,14 @@ Order of things:
 """
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
+from tqdm.auto import tqdm
 
 from lightning_modules.adversarial import AdversarialModule
 from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
@@ -374,13 +376,18 @@ class OSRCIModule(AdversarialModule):
         dtype: Any = self.dtype
         return bank.batch(indices, self.device, dtype)
 
-    def _chunks(self, bank: ImageBank) -> list[Tensor]:
-        return list(torch.arange(len(bank)).split(256))
+    def _chunks(self, bank: ImageBank, purpose: str) -> Iterable[Tensor]:
+        """Indices of the whole set, with a progress bar."""
+        trainer: Any = self.trainer
+        silent = not trainer.is_global_zero or trainer.progress_bar_callback is None
+        chunks = torch.arange(len(bank)).split(256)
+        return tqdm(chunks, desc=purpose, unit="batch", leave=False, disable=silent)
 
     def _recalibrate(self, bank: ImageBank) -> None:
         # Every rank makes the whole pass: the statistics are then bit-identical for any number of ranks, for
         # a small part of the cost of the search that follows.
-        images = (self._batch(bank, chunk)["image"] for chunk in self._chunks(bank))
+        chunks = self._chunks(bank, "batch-norm statistics")
+        images = (self._batch(bank, chunk)["image"] for chunk in chunks)
         before = self._reconstruction_error(bank)
         recalibrate_batch_norm(
             lambda batch: self.generator(self.encoder(batch)),
@@ -397,7 +404,7 @@ class OSRCIModule(AdversarialModule):
 
     @torch.no_grad()
     def _reconstruction_error(self, bank: ImageBank) -> Tensor:
-        images = self._batch(bank, self._chunks(bank)[0])["image"]
+        images = self._batch(bank, torch.arange(min(len(bank), 256)))["image"]
         with eval_mode(self.encoder, self.generator):
             return reconstruction_loss(images, self.generator(self.encoder(images)))
 
@@ -406,7 +413,7 @@ class OSRCIModule(AdversarialModule):
         """Logits [N, K] and labels [N] of the training set, the same on every rank."""
         logits, labels = [], []
         with eval_mode(classifier):
-            for chunk in self._chunks(bank):
+            for chunk in self._chunks(bank, "logits for OpenMax"):
                 batch = self._batch(bank, chunk)
                 logits.append(classifier(batch["image"]))
                 labels.append(batch["label"])
