@@ -359,13 +359,24 @@ class OSRCIModule(AdversarialModule):
         """At the end of a phase, fits what the next phase or the test needs."""
         super().on_train_epoch_end()
         finished = self.current_epoch + 1
-        bank = self.training_bank()
         if finished == self.hp.joint_epochs:
+            bank = self.training_bank()
             if self.hp.recalibrate_bn:
                 self._recalibrate(bank)
             self.openmax.fit(*self._training_logits(self.classifier, bank))
-        elif finished == self.total_epochs and self.hp.gopenmax:
-            self.gopenmax_openmax.fit(*self._training_logits(self.gopenmax_classifier, bank))
+        elif finished == self.total_epochs:
+            self._fit_gopenmax()
+
+    def on_validation_start(self) -> None:
+        """Fits what the last validation calibrates a threshold for."""
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if fitting and self.current_epoch + 1 == self.total_epochs:
+            self._fit_gopenmax()
+
+    def _fit_gopenmax(self) -> None:
+        if self.hp.gopenmax and not self.gopenmax_openmax.fitted:
+            logits, labels = self._training_logits(self.gopenmax_classifier, self.training_bank())
+            self.gopenmax_openmax.fit(logits, labels)
 
     def training_bank(self) -> ImageBank:
         """The training set behind the train dataloader."""

@@ -245,6 +245,7 @@ def test_unknown_digits_score_higher_and_knowns_are_accepted(tmp_path: Path) -> 
     assert metrics["test/margin/closed_accuracy"] > 0.85
     for row in ("msp", "mls", "energy", "openmax", "openmax_bendale", "gopenmax", "kplusone"):
         assert metrics[f"test/{row}/auroc"] > 0.5, row
+        assert f"test/{row}/macro_f1" in metrics, f"no threshold for {row}"
     assert "OSRCI, margin" in text
     assert "open_set-oscr" in text
     checkpoint = str(directory / "checkpoints" / "last.ckpt")
