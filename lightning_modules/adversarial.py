@@ -11,12 +11,12 @@ What it protects from, each found by running it (Lightning 2.6):
 * epoch schedulers are never stepped.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -30,6 +30,14 @@ from lightning_modules.nn.statistics import average_over_ranks
 from lightning_modules.paper import PaperModule
 
 Minimize = Callable[..., Tensor]
+
+
+class _EqualStatistics(Callback):
+    # Lightning runs a module's own hook after all callbacks, but the callbacks a module brings before
+    # those that write checkpoints.
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, AdversarialModule)
+        pl_module._average_batch_norm_statistics()
 
 
 class AdversarialModule(PaperModule):
@@ -64,21 +72,6 @@ class AdversarialModule(PaperModule):
         self.losses: dict[str, Tensor] = {}
         self._updating: tuple[str, ...] = ()
         self._batch_is_counted = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "training_step" in cls.__dict__:
-            # No hook lies between the step and the callbacks, which may save a checkpoint: the
-            # statistics have to be equal on all ranks by then.
-            step: Any = cls.training_step
-
-            @functools.wraps(step)
-            def synchronised(self: "AdversarialModule", *args: Any, **kwargs: Any) -> Any:
-                output = step(self, *args, **kwargs)
-                self._average_batch_norm_statistics()
-                return output
-
-            cls.training_step = synchronised  # type: ignore[assignment, method-assign]
 
     # ------------------------------------------------------------------ to be written by a paper
     def build_optimizers(self) -> dict[str, Optimizer]:
@@ -179,6 +172,10 @@ class AdversarialModule(PaperModule):
         optimizers = self.build_optimizers()
         self.optimizer_names = list(optimizers)
         return list(optimizers.values()), self.build_schedulers(optimizers)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Makes running statistics equal after each batch, before any checkpoint callback can save them."""
+        return [_EqualStatistics()]
 
     def on_fit_start(self) -> None:
         """Checks that the strategy can carry several backwards a batch.
