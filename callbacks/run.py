@@ -265,6 +265,10 @@ def with_checkpoint_config(arguments: list[str]) -> list[str]:
     if arguments[0] == "fit":
         wanted += ["trainer", "checkpoint"]
     kept = {key: stored[key] for key in wanted if key in stored}
+    if (
+        "trainer" not in kept and "trainer" in stored
+    ):  # the recipe's tables and figures, not its machine
+        kept["trainer"] = {"callbacks": stored["trainer"]["callbacks"]}
     if "run" in stored:
         kept["run"] = {key: stored["run"][key] for key in ("root", "experiment")}
     text = yaml.safe_dump(kept, default_flow_style=True, width=10**9)

@@ -49,6 +49,9 @@ def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
     )
     assert first
     assert first == second
+    recipes = [yaml.safe_load((d / "config.yaml").read_text()) for d in (trained, tested)]
+    assert recipes[0]["trainer"]["callbacks"] == recipes[1]["trainer"]["callbacks"]
+    assert recipes[0]["model"] == recipes[1]["model"]
     run(["predict", "--ckpt_path", checkpoint, *root], tmp_path / "predict.txt")
     assert (tmp_path / trained.parent.name / "predict-000" / "predictions.csv").exists()
 
