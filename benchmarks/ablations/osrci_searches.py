@@ -78,6 +78,7 @@ def margin_auroc(classifier: torch.nn.Module, images: Tensor, labels: Tensor) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--root", default="data", help="folder of the data, as --data.root")
     parser.add_argument("--images", type=int, default=384)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
@@ -86,7 +87,7 @@ def main() -> None:
             module = OSRCIModule.load_from_checkpoint(path, map_location="cpu")
             stored = torch.load(path, weights_only=True)["OpenSetDataModule"]
             data = OpenSetDataModule(
-                stored["dataset"], protocol=stored["protocol"], split=stored["index"]
+                stored["dataset"], args.root, protocol=stored["protocol"], split=stored["index"]
             )
             data.setup("fit")
             data.setup("test")
