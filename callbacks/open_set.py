@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.media import log_table, run_directory, save_figure
-from lightning_modules.metrics.open_set import oscr_curve
+from lightning_modules.metrics.open_set import openness, oscr_curve
 
 COLUMNS = {
     "auroc": "AUROC",
@@ -79,6 +79,8 @@ class OpenSetEvaluationCallback(Callback):
             f"split {data.get('index', '?')}: {int((labels >= 0).sum())} known and {int((labels < 0).sum())} "
             "unknown test images; x100, unknown is the positive class"
         )
+        if data:
+            title += f"; openness {openness(len(data['known']), len(data['unknown'])):.2f}"
         width = max(len(row[0]) for row in rows)
         lines = [title, " " * width + "".join(f"{name:>12}" for name in COLUMNS.values())]
         lines += [

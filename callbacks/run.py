@@ -141,6 +141,8 @@ class RunRecorder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes the configuration; that of a resumed run gets a number instead of replacing the first."""
+        if is_debug_run(trainer):
+            return
         results = Path(trainer.default_root_dir) / "results.json"
         if results.exists():  # a run resumed in its test has no validation any more
             self.metrics = {**json.loads(results.read_text())["metrics"], **self.metrics}
@@ -265,9 +267,8 @@ def with_checkpoint_config(arguments: list[str]) -> list[str]:
     if arguments[0] == "fit":
         wanted += ["trainer", "checkpoint"]
     kept = {key: stored[key] for key in wanted if key in stored}
-    if (
-        "trainer" not in kept and "trainer" in stored
-    ):  # the recipe's tables and figures, not its machine
+    if "trainer" not in kept and "trainer" in stored:
+        # The recipe's tables and figures, not its machine.
         kept["trainer"] = {"callbacks": stored["trainer"]["callbacks"]}
     if "run" in stored:
         kept["run"] = {key: stored["run"][key] for key in ("root", "experiment")}
@@ -281,7 +282,8 @@ def readable_message(error: BaseException) -> str:
     while cause is not None:
         frames = traceback.extract_tb(cause.__traceback__)
         raised_in = frames[-1].filename if frames else ""
-        if raised_in.startswith(str(Path(__file__).parents[1])) and ".venv" not in raised_in:
+        ours = raised_in.startswith(str(Path(__file__).parents[1]))
+        if ours and "site-packages" not in raised_in:
             return str(cause)
         cause = cause.__cause__
     noise = (

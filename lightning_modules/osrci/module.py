@@ -19,7 +19,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
@@ -272,6 +274,29 @@ class OSRCIModule(AdversarialModule):
             for name, lr in rates.items()
         }
 
+    @property
+    def search_mode(self) -> Literal["eval", "train"]:
+        """The networks' mode during the search."""
+        return self.hp.search_mode or ("eval" if self.hp.variant == "paper" else "train")
+
+    def on_fit_start(self) -> None:
+        """Refuses what would only fail at the phase boundary.
+
+        Raises:
+            MisconfigurationException: for a search in train mode through SyncBatchNorm, whose ranks would
+                wait for each other's chunks for ever.
+        """
+        super().on_fit_start()
+        searched = (self.encoder, self.generator, self.classifier)
+        synchronised = any(
+            isinstance(part, SyncBatchNorm) for network in searched for part in network.modules()
+        )
+        if synchronised and self.search_mode == "train":
+            raise MisconfigurationException(
+                "ranks search different images, which SyncBatchNorm in train mode cannot; "
+                "use --model.search_mode eval, or leave out configs/trainer/sync_batchnorm.yaml"
+            )
+
     # ------------------------------------------------------------------ training
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One batch of the current phase."""
@@ -517,7 +542,7 @@ class OSRCIModule(AdversarialModule):
                 self.classifier,
                 [images],
                 len(images),
-                bn_mode=hp.search_mode or ("eval" if hp.variant == "paper" else "train"),
+                bn_mode=self.search_mode,
                 target=target,
                 steps=hp.search_steps,
                 speed=hp.search_speed,

@@ -33,6 +33,19 @@ def test_a_converted_critic_is_refused(tmp_path: Path) -> None:
         module.on_fit_start()
 
 
+def test_a_search_in_train_mode_is_refused_before_training(tmp_path: Path) -> None:
+    """Each rank searches its own chunks: synchronised statistics would wait for ever, hours into the run."""
+    for mode in ("eval", "train"):
+        module = OSRCIModule(width=4, latent_size=4, gopenmax=False, search_mode=mode)
+        convert(module)
+        module._trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+        if mode == "eval":
+            module.on_fit_start()
+        else:
+            with pytest.raises(MisconfigurationException, match="search_mode eval"):
+                module.on_fit_start()
+
+
 def test_cpu_is_refused(tmp_path: Path) -> None:
     trainer = Trainer(
         accelerator="cpu",

@@ -28,6 +28,7 @@ def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
         ],
         tmp_path / "log.txt",
     )
+    assert not [path for path in tmp_path.glob("*/*/*")], "a debug run leaves nothing behind"
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)
