@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.datasets import ImageArrayDataset, unit_interval
+from datamodules.datasets import BatchDataset, unit_interval
 from datamodules.sampler import ShardedSampler
 from lightning_modules.randomness import keyed_generator
 
@@ -62,7 +62,7 @@ class AdversariaDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.horizontal_flip = horizontal_flip
 
-    def train_loader(self, dataset: ImageArrayDataset) -> DataLoader:
+    def train_loader(self, dataset: BatchDataset) -> DataLoader:
         """Shuffled global batches, from where the trainer stands.
 
         Raises:
@@ -88,7 +88,7 @@ class AdversariaDataModule(LightningDataModule):
                 warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         return self._loader(dataset, local_batch, sampler)
 
-    def eval_loader(self, dataset: ImageArrayDataset) -> DataLoader:
+    def eval_loader(self, dataset: BatchDataset) -> DataLoader:
         """Each image once, in order, spread over the processes.
 
         Raises:
@@ -138,7 +138,7 @@ class AdversariaDataModule(LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader(
-        self, dataset: ImageArrayDataset, batch_size: int, sampler: ShardedSampler
+        self, dataset: BatchDataset, batch_size: int, sampler: ShardedSampler
     ) -> DataLoader:
         if self.num_workers == 0:
             # Taking rows of an array in memory is faster than any worker could hand them over.

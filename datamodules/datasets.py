@@ -1,11 +1,14 @@
-"""Images in memory, fetched a batch at a time."""
+"""Sets fetched a batch at a time: images in memory, picture files, features."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from datamodules.sources import decode_picture, visit_files
 
 
 def unit_interval(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -13,12 +16,54 @@ def unit_interval(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype).div_(255)
 
 
-class ImageArrayDataset(Dataset):
-    """A labelled set of images of one size, kept as bytes.
+class BatchDataset(Dataset):
+    """A set that hands out whole batches as dicts; subclasses say which.
 
-    Workers hand out bytes; the conversion to floats happens once per batch on the device, in
-    :meth:`datamodules.base.AdversariaDataModule.on_after_batch_transfer`. :meth:`batch` does both
-    for whoever wants images outside a loader.
+    Workers hand out images as bytes; the conversion to floats happens once per batch on the device,
+    in :meth:`datamodules.base.AdversariaDataModule.on_after_batch_transfer`. :meth:`batch` does
+    both for whoever wants samples outside a loader.
+
+    Attributes:
+        sample_shape: [C, H, W] of an image or [D] of features.
+    """
+
+    sample_shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
+        """The batch of these samples, with ``index`` int64 [B]."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {key: values[0] for key, values in self.__getitems__([index]).items()}
+
+    def batch(
+        self,
+        indices: Sequence[int] | Tensor,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        """The batch of these samples as a module receives it, without augmentation.
+
+        Args:
+            indices: places in this set.
+            device: where the tensors go.
+            dtype: of the images; features keep their own.
+
+        Returns:
+            what :meth:`__getitems__` gives, with ``image`` in [0, 1] [B, C, H, W].
+        """
+        batch = self.__getitems__(torch.as_tensor(indices).cpu())
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if "image" in batch:
+            batch["image"] = unit_interval(batch["image"], dtype)
+        return batch
+
+
+class ImageArrayDataset(BatchDataset):
+    """A labelled set of images of one size, kept as bytes.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -45,6 +90,7 @@ class ImageArrayDataset(Dataset):
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         self.images = images
+        self.sample_shape = tuple(images.shape[1:])
         self.labels = labels
         self.class_names = list(class_names)
         self.class_ids = labels if class_ids is None else class_ids
@@ -52,16 +98,6 @@ class ImageArrayDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample: dict[str, Any] = {
-            "image": self.images[index],
-            "label": self.labels[index],
-            "index": torch.tensor(index),
-        }
-        if self.paths is not None:
-            sample["path"] = self.paths[index]
-        return sample
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
         """The batch of these images: ``image`` uint8 [B, C, H, W]; ``label``, ``index`` [B]."""
@@ -75,23 +111,6 @@ class ImageArrayDataset(Dataset):
             batch["path"] = [self.paths[i] for i in index.tolist()]
         return batch
 
-    def batch(
-        self,
-        indices: Sequence[int] | Tensor,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> dict[str, Any]:
-        """The batch of these images as a module receives it, without augmentation.
-
-        Returns:
-            ``image`` in [0, 1] [B, C, H, W], ``label`` and ``index`` int64 [B], ``path`` if the
-            images have files.
-        """
-        batch = self.__getitems__(torch.as_tensor(indices).cpu())
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        batch["image"] = unit_interval(batch["image"], dtype)
-        return batch
-
     def subset(self, indices: Sequence[int] | Tensor) -> "ImageArrayDataset":
         """A dataset of these images alone, numbered anew from 0."""
         index = torch.as_tensor(indices, dtype=torch.int64)
@@ -102,3 +121,67 @@ class ImageArrayDataset(Dataset):
             self.class_ids.index_select(0, index),
             None if self.paths is None else [self.paths[i] for i in index.tolist()],
         )
+
+
+class PictureFileDataset(BatchDataset):
+    """Picture files, decoded in threads when a batch asks for them, so that a set of any size fits.
+
+    Args:
+        paths: the files.
+        size: side of the square to which each picture is squeezed; or (height, width), which each
+            picture has.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: int | tuple[int, int]) -> None:
+        self.paths = list(paths)
+        self.image_size = size if isinstance(size, int) else None
+        self.sample_shape = (3, size, size) if isinstance(size, int) else (3, *size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
+        """The batch of these pictures: ``image`` uint8 [B, 3, H, W], ``index`` [B], ``path``.
+
+        Raises:
+            RuntimeError: a file cannot be read or has another size; names up to five of them.
+        """
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        paths = [self.paths[i] for i in index.tolist()]
+        # Not written into one tensor: made in a test it is an inference tensor, while the threads
+        # are not in inference mode.
+        images = [torch.empty(0)] * len(paths)
+
+        def decode(position: int) -> None:
+            pixels = decode_picture(paths[position], self.image_size)
+            if pixels.shape != self.sample_shape:
+                raise ValueError(
+                    f"shape {list(pixels.shape)} where others have {list(self.sample_shape)}"
+                )
+            images[position] = pixels
+
+        visit_files(decode, paths, "a batch")
+        return {"image": torch.stack(images), "index": index, "path": [str(path) for path in paths]}
+
+
+class FeatureDataset(BatchDataset):
+    """Rows of features that some network has computed before.
+
+    Args:
+        features: [N, D], floating point or integers.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        if features.ndim != 2:
+            raise ValueError(f"features must be [N, D], got {list(features.shape)}")
+        self.features = features
+        self.dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        self.sample_shape = tuple(features.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
+        """The batch of these rows: ``features`` float32 or float64 [B, D], ``index`` [B]."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return {"features": self.features.index_select(0, index).to(self.dtype), "index": index}

@@ -213,23 +213,77 @@ def decode_images(paths: Sequence[Path], image_size: int, name: str) -> Tensor:
     """
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
 
-    def decode(position: int) -> str | None:
-        path = paths[position]
+    def decode(position: int) -> None:
+        images[position] = decode_picture(paths[position], image_size)
+
+    visit_files(decode, paths, name, progress=f"decoding {name}")
+    return images
+
+
+def decode_picture(path: Path, image_size: int | None = None) -> Tensor:
+    """The pixels of one file as uint8 RGB [3, H, W], squeezed to a square if a size is given."""
+    with Image.open(path) as picture:
+        pixels = pil_to_tensor(picture.convert("RGB"))
+    return pixels if image_size is None else _resize(pixels[None], image_size)[0]
+
+
+def picture_sizes(
+    paths: Sequence[Path], name: str, progress: str | None = None
+) -> list[tuple[int, int]]:
+    """Height and width of each picture, by its header; the files are checked as far as is cheap.
+
+    PNG files are compared with their checksums; of most other formats only the header is read.
+
+    Args:
+        paths: the files.
+        name: what an error calls them.
+        progress: what the progress bar says; None for no bar.
+
+    Raises:
+        RuntimeError: some files are no pictures, damaged, or have more than 8 bits per channel
+            (which a conversion would clip); names up to five of them.
+    """
+    sizes = [(0, 0)] * len(paths)
+
+    def check(position: int) -> None:
+        with Image.open(paths[position]) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(f"{picture.mode} pixels; save it with 8 bits per channel")
+            sizes[position] = (picture.height, picture.width)
+
+    visit_files(check, paths, name, progress)
+    return sizes
+
+
+def visit_files(
+    visit: Callable[[int], None], paths: Sequence[Path], name: str, progress: str | None = None
+) -> None:
+    """Calls ``visit(position)`` for each file, in threads; goes on after a failure.
+
+    Args:
+        visit: reads the file at this position of ``paths``; raises whatever it likes.
+        paths: the files.
+        name: what an error calls them.
+        progress: what the progress bar says; None for no bar.
+
+    Raises:
+        RuntimeError: some visits failed; names up to five of the files.
+    """
+
+    def failure(position: int) -> str | None:
         try:
-            with Image.open(path) as picture:
-                pixels = pil_to_tensor(picture.convert("RGB"))
+            visit(position)
         except Exception as error:  # Pillow raises half a dozen types for damaged files
-            return f"{path} ({error})"
-        images[position] = _resize(pixels[None], image_size)[0]
+            return f"{paths[position]} ({error})"
         return None
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = tqdm(
-            pool.map(decode, range(len(paths))),
-            desc=f"decoding {name}",
+            pool.map(failure, range(len(paths))),
+            desc=progress,
             total=len(paths),
             unit="image",
-            disable=getattr(rank_zero_only, "rank", 0) != 0,
+            disable=progress is None or getattr(rank_zero_only, "rank", 0) != 0,
             leave=False,
         )
         unreadable = [error for error in results if error is not None]
@@ -239,7 +293,6 @@ def decode_images(paths: Sequence[Path], image_size: int, name: str) -> Tensor:
             f"{len(unreadable)} of {len(paths)} images of {name} cannot be read; replace or "
             f"delete:\n  {listed}"
         )
-    return images
 
 
 class Digits:
