@@ -250,6 +250,7 @@ def picture_sizes(
             if picture.mode.startswith(("I", "F")):
                 raise ValueError(f"{picture.mode} pixels; save it with 8 bits per channel")
             sizes[position] = (picture.height, picture.width)
+            picture.verify()
 
     visit_files(check, paths, name, progress)
     return sizes

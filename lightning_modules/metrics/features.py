@@ -91,7 +91,7 @@ class FeatureExtractor(nn.Module):
                 )
         with torch.autocast(images.device.type, enabled=False):
             features: Tensor = self.network(self.prepare(images.float()))
-            return features.float()
+        return features
 
 
 def _three_channels(images: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ class InceptionFeatures(FeatureExtractor):
 
     def prepare(self, images: Tensor) -> Tensor:
         """Three channels in 8 bits."""
-        return (_three_channels(images) * 255).round().clamp(0, 255).to(torch.uint8)
+        return (_three_channels(images) * 255).round().to(torch.uint8)
 
 
 def feature_extractor(

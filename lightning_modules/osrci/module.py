@@ -745,6 +745,27 @@ class OSRCIModule(AdversarialModule):
             **dict(zip(titles, result["images"].split(len(images)), strict=True)),
         }
 
+    def generated_kinds(self) -> dict[str, int | None]:
+        """What :meth:`generate` makes: counterfactual images, decoded noise, and G-OpenMax's mixtures."""
+        kinds = {"counterfactuals": len(self.open_set), "samples": None}
+        if self.hp.gopenmax:
+            kinds["gopenmax"] = len(self.gopenmax_set)
+        return kinds
+
+    @torch.no_grad()
+    def generate(self, kind: str, indices: Tensor) -> Tensor:
+        """Images [B, C, 32, 32] in [0, 1] with these numbers [B], see :class:`ImageGenerator`."""
+        if kind != "samples":
+            pool = self.open_set if kind == "counterfactuals" else self.gopenmax_set
+            return pool.images[indices.to(self.device)].float() / 255
+        hp, entries = self.hp, self.hp.latent_size * self.hp.scale**2
+        gaussian = torch.stack(
+            [torch.randn(entries, generator=keyed_generator(kind, i)) for i in indices.tolist()]
+        )
+        with eval_mode(self.generator):
+            gaussian = gaussian.to(next(self.generator.parameters()))
+            return self.generator(normalize_latent(gaussian, hp.scale, hp.normalize))
+
     # ------------------------------------------------------------------ data and checkpoints
     def setup(self, stage: str) -> None:
         """Takes the class names from the data.

@@ -1,0 +1,91 @@
+"""What a module that generates images offers to those who judge them, and how one is read from a checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from lightning_modules.paper import PaperModule
+
+
+class ImageGenerator(Protocol):
+    """A module with images of its own, numbered, so that any process can make any part of them."""
+
+    def generated_kinds(self) -> dict[str, int | None]:
+        """Kinds of images by name, the first one is the module's own idea of its result, with how many there are;
+        None = as many as one wants."""
+        ...
+
+    def generate(self, kind: str, indices: Tensor) -> Tensor:
+        """The images [B, C, H, W] in [0, 1] with the numbers ``indices`` [B]: a function of the weights, the run's seed
+        and each number alone."""
+        ...
+
+
+def generated_count(module: ImageGenerator, kind: str, wanted: int | None) -> int:
+    """How many images of a kind there are to judge.
+
+    Raises:
+        ValueError: the module makes no such kind, has none yet, or has no end and ``wanted`` is None.
+    """
+    kinds = module.generated_kinds()
+    if kind not in kinds:
+        raise ValueError(
+            f"{type(module).__name__} generates no {kind!r}; it has {', '.join(kinds) or 'no images'}"
+        )
+    count = kinds[kind]
+    if count == 0:
+        raise ValueError(
+            f"{type(module).__name__} has no {kind} yet; train it to the end of the phase that makes them"
+        )
+    if count is None and wanted is None:
+        raise ValueError(f"{kind} of {type(module).__name__} have no end; say how many to make")
+    return min(number for number in (count, wanted) if number is not None)
+
+
+def generated_batches(
+    module: ImageGenerator, kind: str, indices: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (numbers, images), the images rounded to 8 bits as those that were ever saved to a file."""
+    for part in indices.split(batch_size):
+        images = module.generate(kind, part)
+        yield part, images.float().mul(255).round().clamp(0, 255).div(255)
+
+
+def load_generator(path: str | Path) -> PaperModule:
+    """The module that wrote a checkpoint, frozen and in evaluation mode.
+
+    Args:
+        path: a checkpoint of this collection.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: it is no readable checkpoint, none of this collection, or of a module that generates no images.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; give one by --model.generator FILE")
+    try:
+        name = torch.load(path, map_location="cpu", weights_only=True).get("module_class")
+    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
+        raise RuntimeError(
+            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+    found = [kind for kind in _descendants(PaperModule) if kind.__name__ == name]
+    if not found:
+        raise RuntimeError(
+            f"{path} was written by {name or 'something else than this collection'}, which is no module here"
+        )
+    if not hasattr(found[0], "generated_kinds"):
+        raise RuntimeError(f"{path} holds a {name}, which generates no images")
+    module = found[0].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    return cast(PaperModule, module.eval().requires_grad_(False))
+
+
+def _descendants(kind: type[PaperModule]) -> list[type[PaperModule]]:
+    found = []
+    for child in kind.__subclasses__():
+        found += [child, *_descendants(child)]
+    return found
