@@ -282,11 +282,11 @@ class GenerativeMetrics(Callback):
         lines = [
             f"Generated images, k = {self.nearest_k}, features: {self.extractor.description}",
             "".join(f"{name:<{w}}" for name, w in zip(columns, width, strict=False))
-            + "".join(f"{name:>18}" for name in columns[4:]),
+            + "".join(f"{name:>20}" for name in columns[4:]),
         ]
         lines += [
             "".join(f"{cell!s:<{w}}" for cell, w in zip(row, width, strict=False))
-            + "".join(f"{cell:>18}" for cell in row[4:])
+            + "".join(f"{cell:>20}" for cell in row[4:])
             for row in self._rows
         ]
         path = run_directory(trainer) / "prdc_table.txt"

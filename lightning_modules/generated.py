@@ -1,6 +1,7 @@
 """What a module that generates images offers to those who judge them, and how one is read from a checkpoint."""
 
 from collections.abc import Iterator
+from contextvars import Context
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -80,7 +81,11 @@ def load_generator(path: str | Path) -> PaperModule:
         )
     if not hasattr(found[0], "generated_kinds"):
         raise RuntimeError(f"{path} holds a {name}, which generates no images")
-    module = found[0].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    # In a context of its own: inside the command line Lightning would give the module that is being built, and whose
+    # generator this one is, as the source of its hyper-parameters.
+    module = Context().run(
+        found[0].load_from_checkpoint, path, map_location="cpu", weights_only=True
+    )
     return cast(PaperModule, module.eval().requires_grad_(False))
 
 

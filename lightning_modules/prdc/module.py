@@ -89,7 +89,7 @@ class PRDCModule(PaperModule):
         else:
             self.embedding = feature_extractor(features, weights_path, download, features_seed)
         self.metric = PrecisionRecallDensityCoverage(
-            nearest_k=nearest_k or 1,
+            nearest_k=1 if nearest_k is None else nearest_k,
             inclusive=inclusive,
             metrics=metrics,
             per_sample=True,
@@ -146,7 +146,9 @@ class PRDCModule(PaperModule):
             sizes.append(self.num_generated)
         real, fake = sizes
         fewest = min(sizes) if "recall" in self.hp.metrics else real
-        nearest_k = self.hp.nearest_k or choose_nearest_k(real, fake)
+        nearest_k = self.hp.nearest_k
+        if nearest_k is None:
+            nearest_k = choose_nearest_k(real, fake)
         if fewest <= nearest_k:
             raise ValueError(
                 f"--model.nearest_k {nearest_k} needs at least {nearest_k + 1} samples, there are {real} real and "

@@ -15,6 +15,7 @@ class Member:
         boundary: method called once for each piece of work between two phases; a kill in its second call must be
             harmless.
         batches: (in the first phase, in the last phase) batch counts at which a kill must be harmless.
+        trains: False for an analysis, which ``train.py test`` runs.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Member:
     parity: dict[str, object] = field(default_factory=dict)
     boundary: str | None = None
     batches: tuple[int, int] = (2, 5)
+    trains: bool = True
 
     def arguments(self, *overrides: dict[str, object]) -> list[str]:
         """``-c`` and the overrides as command-line arguments, later ones winning."""
@@ -34,7 +36,7 @@ class Member:
         ]
 
 
-MEMBERS = [
+ALL = [
     Member(
         "osrci",
         "configs/osrci/digits.yaml",
@@ -61,5 +63,8 @@ MEMBERS = [
         boundary="synthesize",
         batches=(2, 8),
     ),
+    Member("prdc", "configs/prdc/digits.yaml", tiny={"data.limit": 60}, trains=False),
 ]
+MEMBERS = [member for member in ALL if member.trains]
+ANALYSES = [member for member in ALL if not member.trains]
 IDS = [member.name for member in MEMBERS]

@@ -60,6 +60,32 @@ def test_option(extra: list[str], expected: list[str], tmp_path: Path) -> None:
         assert part in line, line
 
 
+def test_sets_that_cannot_be_compared(tmp_path: Path) -> None:
+    """PRDC: each mistake is told before anything is embedded."""
+    for name, rows, width in (("a", 9, 3), ("b", 9, 4), ("few", 4, 3), ("nan", 9, 3)):
+        features = torch.randn(rows, width)
+        features[2] = torch.nan if name == "nan" else features[2]
+        torch.save(features, tmp_path / f"{name}.pt")
+    (tmp_path / "empty").mkdir()
+    good = str(tmp_path / "a.pt")
+    for real, fake, extra, expected in (
+        (good, str(tmp_path / "few.pt"), [], ["nearest_k 5", "9 real and 4 fake"]),
+        (good, str(tmp_path / "b.pt"), [], ["3 dimensions", "b.pt 4"]),
+        (good, str(tmp_path / "nan.pt"), [], ["1 of 9 rows", "nan.pt", "row 2"]),
+        (good, str(tmp_path / "empty"), [], [str(tmp_path / "empty"), "pictures"]),
+        (good, str(tmp_path / "no.npy"), [], [str(tmp_path / "no.npy"), "does not exist"]),
+        (good, "mnits:test", [], ["mnits", "mnist"]),
+        (good, "null", [], ["--data.fake", "--model.generator"]),
+        (good, good, ["--model.features", "vgg17"], ["vgg17", "vgg16"]),
+        (good, good, ["--model.features", "vgg16", "--model.weights_path", "no.pth"], ["no.pth"]),
+        (good, good, ["--model.generator", "no.ckpt"], ["no.ckpt", "--model.generator"]),
+    ):
+        command = ["test", "-c", "configs/prdc/features.yaml", "--data.real", real]
+        line = message([*command, "--data.fake", fake, *extra], tmp_path)
+        for part in expected:
+            assert part in line, line
+
+
 def test_more_known_classes_than_exist(tmp_path: Path) -> None:
     protocol = tmp_path / "protocol.yaml"
     protocol.write_text("splits: [{known: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], unknown: []}]\n")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.suites.launch import run
-from tests.suites.members import IDS, MEMBERS, Member
+from tests.suites.members import ALL, ANALYSES, IDS, MEMBERS, Member
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -57,14 +57,25 @@ def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
     assert (tmp_path / trained.parent.name / "predict-000" / "predictions.csv").exists()
 
 
+@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.name)
+def test_an_analysis_runs(member: Member, tmp_path: Path) -> None:
+    run(["test", *member.arguments(), "--run.root", str(tmp_path)], tmp_path / "log.txt")
+    (directory,) = tmp_path.glob("*/test-000")
+    results = yaml.safe_load((directory / "results.json").read_text())
+    assert results["metrics"]
+    assert results["data"]
+
+
 def test_members_have_their_recipe() -> None:
     papers = {recipe.parent.name for recipe in RECIPES}
-    assert papers == {member.name for member in MEMBERS}, "every paper is in every suite"
+    assert papers == {member.name for member in ALL}, "every paper is in every suite"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_recipe_parses(recipe: Path, tmp_path: Path) -> None:
-    text = run(["fit", "-c", str(recipe), "--print_config"], tmp_path / "log.txt")
+    analyses = {member.name for member in ANALYSES}
+    command = "test" if recipe.parent.name in analyses else "fit"
+    text = run([command, "-c", str(recipe), "--print_config"], tmp_path / "log.txt")
     assert f"experiment: {recipe.parent.name}-{recipe.stem}" in text
 
 

@@ -1,5 +1,6 @@
 """Two processes with half the batch each follow one process with the whole batch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.suites.launch import TIME_LIMIT, run
-from tests.suites.members import IDS, MEMBERS, Member
+from tests.suites.members import ANALYSES, IDS, MEMBERS, Member
 
 ROOT = Path(__file__).parents[2]
 TWO = {
@@ -92,6 +93,20 @@ def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     resumed, other = train(member, stopped, TWO, {"run.resume": "true"}, parity=False)
     assert largest_difference(resumed, other) == 0
     assert largest_difference(first, resumed) == 0
+
+
+@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.name)
+def test_an_analysis_is_the_same_on_any_number_of_processes(member: Member, tmp_path: Path) -> None:
+    results = []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        spread = {**TWO, "trainer.devices": processes} if processes > 1 else {}
+        arguments = ["test", *member.arguments(spread), "--run.root", str(folder)]
+        run([*arguments, "--run.name", "run"], folder / "log.txt")
+        (path,) = folder.glob("*/test-run/results.json")
+        results.append(json.loads(path.read_text()))
+    assert [result["processes"] for result in results] == [1, 2, 4]
+    assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=IDS)
