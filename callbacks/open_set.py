@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks.media import log_table, run_directory, save_figure
+from callbacks.media import run_directory, save_figure
+from callbacks.report import Histogram, require, score_histograms, write_table
 from lightning_modules.metrics.open_set import openness, oscr_curve
 
 COLUMNS = {
@@ -40,11 +39,7 @@ class OpenSetEvaluationCallback(Callback):
         Raises:
             MisconfigurationException: if the module has no open-set rows.
         """
-        if not hasattr(pl_module, "ready_rows"):
-            raise MisconfigurationException(
-                f"OpenSetEvaluationCallback needs a module with ready_rows, {type(pl_module).__name__} has none; "
-                "remove the callback"
-            )
+        require(self, pl_module, "ready_rows")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``open_set_table.txt`` and the figures, prints the table and where things are."""
@@ -57,21 +52,17 @@ class OpenSetEvaluationCallback(Callback):
             [module.row_titles[row], *(100 * values[f"test/{row}/{name}"] for name in COLUMNS)]
             for row in gathered
         ]
-        table = self._table(trainer, rows, gathered)
-        path = run_directory(trainer) / "open_set_table.txt"
-        path.write_text(table + "\n")
-        log_table(trainer, "open_set/table", ["method", *COLUMNS.values()], rows)
+        title = self._title(trainer, gathered)
         written = [
-            path,
+            write_table(trainer, "open_set", title, ["method", *COLUMNS.values()], rows),
             self._histograms(trainer, module, gathered),
             self._oscr(trainer, module, gathered),
+            *sorted((run_directory(trainer) / "images").glob("counterfactuals*")),
         ]
-        images = sorted((run_directory(trainer) / "images").glob("counterfactuals*"))
-        print("\n" + table + "\n")
-        for file in filter(None, [*written, *images]):
+        for file in filter(None, written):
             print(f"wrote {file}")
 
-    def _table(self, trainer: Trainer, rows: list[list[Any]], gathered: dict[str, Any]) -> str:
+    def _title(self, trainer: Trainer, gathered: dict[str, Any]) -> str:
         _, labels, _ = next(iter(gathered.values()))
         data = getattr(getattr(trainer, "datamodule", None), "split_info", {})
         title = (
@@ -81,38 +72,24 @@ class OpenSetEvaluationCallback(Callback):
         )
         if data:
             title += f"; openness {openness(len(data['known']), len(data['unknown'])):.2f}"
-        width = max(len(row[0]) for row in rows)
-        lines = [title, " " * width + "".join(f"{name:>12}" for name in COLUMNS.values())]
-        lines += [
-            f"{row[0]:<{width}}" + "".join(f"{cell:12.1f}" for cell in row[1:]) for row in rows
-        ]
-        return "\n".join(lines)
+        return title
 
     def _histograms(self, trainer: Trainer, module: Any, gathered: dict[str, Any]) -> Path | None:
-        drawn = [row for row in self.histograms if row in gathered]
-        figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 3.5), squeeze=False)
-        for axis, row in zip(axes[0], drawn, strict=True):
-            scores, labels, _ = (np.asarray(part) for part in gathered[row])
-            bins = np.linspace(scores.min(), scores.max() + 1e-9, 41).tolist()
-            axis.hist(scores[labels >= 0], bins, alpha=0.6, density=True, label="known classes")
-            axis.hist(scores[labels < 0], bins, alpha=0.6, density=True, label="unknown classes")
-            threshold = float(module.thresholds[module.rows.index(row)])
-            if np.isfinite(threshold):
-                share = round(100 * module.hp.acceptance)
-                axis.axvline(
-                    threshold,
-                    color="black",
-                    ls="--",
-                    lw=1,
-                    label=f"accepts {share} % of held-out knowns",
-                )
-            axis.set(
-                title=module.row_titles[row],
-                xlabel="score (larger = more unknown)",
-                ylabel="density",
-            )
-            axis.legend(fontsize=8)
-        return save_figure(trainer, "open_set/histograms", figure)
+        drawn = []
+        for row in self.histograms:
+            if row in gathered:
+                scores, labels, _ = gathered[row]
+                threshold = float(module.thresholds[module.rows.index(row)])
+                drawn.append(Histogram(module.row_titles[row], scores, labels < 0, threshold))
+        share = round(100 * module.hp.acceptance)
+        return score_histograms(
+            trainer,
+            "open_set",
+            drawn,
+            ("known classes", "unknown classes"),
+            f"accepts {share} % of held-out knowns",
+            "score (larger = more unknown)",
+        )
 
     def _oscr(self, trainer: Trainer, module: Any, gathered: dict[str, Any]) -> Path | None:
         figure, axis = plt.subplots(figsize=(5, 4))

@@ -65,22 +65,30 @@ class AdversariaDataModule(LightningDataModule):
     def train_loader(self, dataset: BatchDataset) -> DataLoader:
         """Shuffled global batches, from where the trainer stands.
 
+        A module may offer ``batches_in_epoch(epoch) -> int | None`` to have an epoch of so many batches, whatever the
+        size of the set; it then sets ``trainer.reload_dataloaders_every_n_epochs`` to 1.
+
         Raises:
             ValueError: the global batch cannot be divided over the processes, or exceeds the set.
         """
-        if len(dataset) < self.batch_size:
+        epoch, batches = 0, None
+        if self.trainer is not None:
+            # Lightning sets the epoch only after the workers have begun to prefetch.
+            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+            wanted = getattr(self.trainer.lightning_module, "batches_in_epoch", None)
+            batches = None if wanted is None else wanted(epoch)
+        if batches is None and len(dataset) < self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} exceeds the {len(dataset)} training images, so "
                 f"there is no complete batch; use --data.batch_size {len(dataset)} or less"
             )
         world, rank = self._processes()
-        sampler = ShardedSampler(dataset, self.batch_size, world, rank)
+        sampler = ShardedSampler(dataset, self.batch_size, world, rank, batches=batches)
+        sampler.set_epoch(epoch)
         local_batch = self.batch_size // world
         if self.trainer is not None:
-            # Lightning sets the epoch only after the workers have begun to prefetch, and restarts
-            # every epoch at its first sample; so both are set here.
+            # Lightning restarts every epoch at its first sample.
             fit_loop = self.trainer.fit_loop
-            sampler.set_epoch(fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
             progress = fit_loop.epoch_loop.batch_progress
             if fit_loop.restarting and progress.current.ready and not progress.is_last_batch:
                 done = progress.current.ready % (len(sampler) // local_batch)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.sources import decode_picture, visit_files
+from datamodules.sources import decode_images, decode_picture, image_files, visit_files
 
 
 def unit_interval(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,6 +74,8 @@ class ImageArrayDataset(BatchDataset):
         class_ids: int64 [N], original class of each image in its source, where that differs from
             the label.
         paths: the file of each image, where there is one; batches then have ``path``.
+        groups: int64 [N], what each image is a part of (the frame of a patch); batches then have
+            ``group``.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ImageArrayDataset(BatchDataset):
         class_names: Sequence[str],
         class_ids: Tensor | None = None,
         paths: Sequence[str] | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
@@ -89,18 +93,24 @@ class ImageArrayDataset(BatchDataset):
             )
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
+        if groups is not None and len(groups) != len(images):
+            raise ValueError(f"{len(images)} images but {len(groups)} groups")
         self.images = images
         self.sample_shape = tuple(images.shape[1:])
         self.labels = labels
         self.class_names = list(class_names)
         self.class_ids = labels if class_ids is None else class_ids
         self.paths = None if paths is None else list(paths)
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
-        """The batch of these images: ``image`` uint8 [B, C, H, W]; ``label``, ``index`` [B]."""
+        """The batch of these images: ``image`` uint8 [B, C, H, W]; ``label``, ``index`` [B].
+
+        Also ``path`` (list of str) and ``group`` (int64 [B]), where the set has them.
+        """
         index = torch.as_tensor(indices, dtype=torch.int64)
         batch: dict[str, Any] = {
             "image": self.images.index_select(0, index),
@@ -109,6 +119,8 @@ class ImageArrayDataset(BatchDataset):
         }
         if self.paths is not None:
             batch["path"] = [self.paths[i] for i in index.tolist()]
+        if self.groups is not None:
+            batch["group"] = self.groups.index_select(0, index)
         return batch
 
     def subset(self, indices: Sequence[int] | Tensor) -> "ImageArrayDataset":
@@ -120,7 +132,47 @@ class ImageArrayDataset(BatchDataset):
             self.class_names,
             self.class_ids.index_select(0, index),
             None if self.paths is None else [self.paths[i] for i in index.tolist()],
+            None if self.groups is None else self.groups.index_select(0, index),
         )
+
+
+def pictures_to_predict(folder: str) -> list[Path]:
+    """The picture files below ``--data.predict_folder``, sorted by path.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"predict_folder {folder} is not a folder; give one with pictures by "
+            "--data.predict_folder DIR"
+        )
+    files = image_files(path)
+    if not files:
+        raise FileNotFoundError(
+            f"predict_folder {folder} holds no pictures (looked for "
+            f"{', '.join(IMG_EXTENSIONS)}, recursively)"
+        )
+    return files
+
+
+def read_pictures_to_predict(
+    folder: str, image_size: int, class_names: Sequence[str]
+) -> ImageArrayDataset:
+    """The pictures below ``--data.predict_folder``, each with label -1 and its path.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no picture in it.
+        RuntimeError: some pictures cannot be read; names up to five of them.
+    """
+    files = pictures_to_predict(folder)
+    return ImageArrayDataset(
+        decode_images(files, image_size, folder),
+        torch.full((len(files),), -1),
+        class_names,
+        paths=[str(file) for file in files],
+    )
 
 
 class PictureFileDataset(BatchDataset):

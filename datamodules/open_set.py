@@ -1,7 +1,6 @@
 """Open-set data: training on known classes, testing on known and unknown ones."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +8,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.base import AdversariaDataModule
-from datamodules.datasets import ImageArrayDataset
+from datamodules.datasets import (
+    ImageArrayDataset,
+    pictures_to_predict,
+    read_pictures_to_predict,
+)
 from datamodules.open_set_splits import (
     MIXED_SOURCES,
     PROTOCOLS,
@@ -24,9 +26,7 @@ from datamodules.open_set_splits import (
 from datamodules.sources import (
     OpenSource,
     class_names_of,
-    decode_images,
     draw_per_class,
-    image_files,
     open_source,
     prepare_source,
 )
@@ -51,7 +51,7 @@ class OpenSetDataModule(AdversariaDataModule):
 
     Args:
         dataset: ``digits``, ``mnist``, ``fashion_mnist``, ``svhn``, ``cifar10``, ``cifar100``,
-            ``cifar+10``, ``cifar+50``, ``tiny_imagenet`` or ``image_folder``.
+            ``cifar+10``, ``cifar+50``, ``tiny_imagenet``, ``caltech256`` or ``image_folder``.
         root: folder of the data; :mod:`datamodules.sources` says what it holds for each dataset.
             ``digits`` needs none.
         protocol: class lists: ``neal``, ``arpl`` (never compare results of the two), or a YAML or
@@ -164,7 +164,7 @@ class OpenSetDataModule(AdversariaDataModule):
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
         stage = self.trainer.state.fn if self.trainer is not None else None
         if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            self._pictures(self.predict_folder)
+            pictures_to_predict(self.predict_folder)
             return
         if stage not in (TrainerFn.TESTING, TrainerFn.PREDICTING):
             prepare_source(self._known_source, self.root, train=True, download=self.download)
@@ -176,7 +176,9 @@ class OpenSetDataModule(AdversariaDataModule):
         """Reads what the stage needs; what was read before is kept."""
         if stage == "predict" and self.predict_folder is not None:
             if self.pictures is None:
-                self.pictures = self._read_pictures(self.predict_folder)
+                self.pictures = read_pictures_to_predict(
+                    self.predict_folder, self.image_size, self.class_names
+                )
             return
         if stage in ("fit", "validate", None) and self.train is None:
             self._read_training_half()
@@ -352,27 +354,3 @@ class OpenSetDataModule(AdversariaDataModule):
                 f"no {half} images are left for the known class {', '.join(empty[:5])} of "
                 f"{self.dataset} in {self.root}; every known class needs some"
             )
-
-    def _pictures(self, folder: str) -> list[Path]:
-        path = Path(folder).expanduser()
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"predict_folder {folder} is not a folder; give one with pictures by "
-                "--data.predict_folder DIR"
-            )
-        files = image_files(path)
-        if not files:
-            raise FileNotFoundError(
-                f"predict_folder {folder} holds no pictures (looked for "
-                f"{', '.join(IMG_EXTENSIONS)}, recursively)"
-            )
-        return files
-
-    def _read_pictures(self, folder: str) -> ImageArrayDataset:
-        files = self._pictures(folder)
-        return ImageArrayDataset(
-            decode_images(files, self.image_size, folder),
-            torch.full((len(files),), -1),
-            self.class_names,
-            paths=[str(file) for file in files],
-        )

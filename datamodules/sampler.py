@@ -29,6 +29,8 @@ class ShardedSampler(DistributedSampler):
         rank: this process.
         shuffle: draw a new order each epoch.
         drop_last: see above.
+        batches: global batches in an epoch; the order is continued with further ones of the same epoch as often as
+            needed, so that a set of any size will do. None: as many complete ones as the set has (training only).
 
     Attributes:
         skip: number of local samples that the next pass leaves out, for a resume in the middle of
@@ -48,6 +50,7 @@ class ShardedSampler(DistributedSampler):
         rank: int = 0,
         shuffle: bool = True,
         drop_last: bool = True,
+        batches: int | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=shuffle, drop_last=drop_last)  # type: ignore[arg-type]
         if drop_last and batch_size % num_replicas:
@@ -58,14 +61,20 @@ class ShardedSampler(DistributedSampler):
                 f"{num_replicas} processes; use a multiple of {num_replicas}, e.g. {nearest}"
             )
         self.batch_size = batch_size
+        self.batches = batches
         self.skip = 0
 
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)
+        rounds = 1 if self.batches is None else -(-self.batches * self.batch_size // size)
         if self.shuffle:
-            order = torch.randperm(size, generator=keyed_generator("order", self.epoch))
+            generator = keyed_generator("order", self.epoch)
+            order = torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])
         else:
-            order = torch.arange(size)
+            order = torch.arange(size).repeat(rounds)
+        if self.batches is not None:
+            order = order[: self.batches * self.batch_size]
+            size = len(order)
         if self.drop_last:
             batches = order[: size - size % self.batch_size].view(-1, self.batch_size)
             order = batches.chunk(self.num_replicas, dim=1)[self.rank].flatten()
@@ -77,5 +86,6 @@ class ShardedSampler(DistributedSampler):
     def __len__(self) -> int:
         size = len(self.dataset)
         if self.drop_last:
-            return size // self.batch_size * (self.batch_size // self.num_replicas)
+            batches = size // self.batch_size if self.batches is None else self.batches
+            return batches * (self.batch_size // self.num_replicas)
         return len(range(self.rank, size, self.num_replicas))

@@ -8,6 +8,7 @@
 ``cifar10``         ``ROOT/cifar-10-batches-py/``, or a tree like ``image_folder``
 ``cifar100``        ``ROOT/cifar-100-python/``, or a tree like ``image_folder``
 ``tiny_imagenet``   ``ROOT/tiny-imagenet-200/``; its ``val`` images are the test set
+``caltech256``      ``ROOT/256_ObjectCategories/NNN.CLASS/*.jpg``, or the same in ``ROOT/caltech256/``
 ``image_folder``    ``ROOT/train/CLASS/*.jpg``, ``ROOT/test/CLASS/*.jpg`` (or png, webp, ...)
 ==================  ==================================================================
 
@@ -17,6 +18,7 @@ names. Nothing is ever written into ROOT except by a download.
 
 import gzip
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, Caltech256, FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
@@ -42,7 +44,8 @@ from tqdm import tqdm
 
 from lightning_modules.randomness import mix
 
-DIGITS_TEST_FRACTION = 0.3
+# Of the sets that come as one, the share of each class that is the test half.
+DRAWN_TEST_FRACTION = 0.3
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 
@@ -177,6 +180,30 @@ def open_source(name: str, root: str | Path, train: bool) -> OpenSource:
     return source.open(root, train)
 
 
+def open_whole_source(name: str, root: str | Path) -> OpenSource:
+    """Both halves of an image set as one, the training half first.
+
+    Raises:
+        ValueError: unknown name.
+        FileNotFoundError: the root or a file in it is missing.
+        RuntimeError: a file is damaged.
+    """
+    first, second = (open_source(name, root, train) for train in (True, False))
+    count = len(first.labels)
+
+    def read(indices: Tensor, image_size: int) -> Tensor:
+        images = torch.empty(len(indices), 3, image_size, image_size, dtype=torch.uint8)
+        for half, chosen, offset in (
+            (first, indices < count, 0),
+            (second, indices >= count, count),
+        ):
+            if chosen.any():
+                images[chosen] = half.read(indices[chosen] - offset, image_size)
+        return images
+
+    return OpenSource(torch.cat([first.labels, second.labels]), first.class_names, read)
+
+
 def class_names_of(name: str) -> list[str] | None:
     """The class names of an image set; None if only its files tell them.
 
@@ -224,7 +251,7 @@ def decode_picture(path: Path, image_size: int | None = None) -> Tensor:
     """The pixels of one file as uint8 RGB [3, H, W], squeezed to a square if a size is given."""
     with Image.open(path) as picture:
         pixels = pil_to_tensor(picture.convert("RGB"))
-    return pixels if image_size is None else _resize(pixels[None], image_size)[0]
+    return pixels if image_size is None else rgb_squares(pixels[None], image_size)[0]
 
 
 def picture_sizes(
@@ -316,14 +343,14 @@ class Digits:
         digits = load_digits()
         images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8))[:, None]
         labels = torch.from_numpy(digits.target).long()
-        halves = draw_per_class(labels, DIGITS_TEST_FRACTION, "digits test")
+        halves = draw_per_class(labels, DRAWN_TEST_FRACTION, "digits test")
         chosen = halves[0] if train else halves[1]
         # Without antialiasing: it would only matter below 8 pixels, where nothing can be
         # recognised.
         return OpenSource(
             labels[chosen],
             DIGIT_NAMES,
-            lambda indices, size: _resize(images[chosen[indices]], size, antialias=False),
+            lambda indices, size: rgb_squares(images[chosen[indices]], size, antialias=False),
         )
 
 
@@ -359,7 +386,7 @@ class IdxFiles:
             )
         assert self.class_names is not None
         return OpenSource(
-            labels, self.class_names, lambda indices, size: _resize(images[indices], size)
+            labels, self.class_names, lambda indices, size: rgb_squares(images[indices], size)
         )
 
     def _files(self, root: Path, train: bool) -> tuple[Path, Path]:
@@ -391,7 +418,7 @@ class StreetViewDigits:
         return OpenSource(
             torch.from_numpy(data.labels).long(),
             DIGIT_NAMES,
-            lambda indices, size: _resize(torch.from_numpy(data.data[indices.numpy()]), size),
+            lambda indices, size: rgb_squares(torch.from_numpy(data.data[indices.numpy()]), size),
         )
 
 
@@ -436,7 +463,7 @@ class Cifar:
         return OpenSource(
             torch.tensor(data.targets),
             self.class_names,
-            lambda indices, size: _resize(
+            lambda indices, size: rgb_squares(
                 torch.from_numpy(pixels[indices.numpy()]).permute(0, 3, 1, 2), size
             ),
         )
@@ -485,6 +512,61 @@ class TinyImageNet:
         return root if (root / "wnids.txt").is_file() else root / "tiny-imagenet-200"
 
 
+class CaltechObjects:
+    """Caltech-256: 256 categories of objects and ``clutter``, pictures of any size.
+
+    They come as one set. 30 % of each category, drawn once with a fixed seed that does not depend
+    on the run's, are the test half.
+    """
+
+    class_names: list[str] | None = None
+
+    def check(self, root: Path, train: bool) -> None:
+        """Raises FileNotFoundError unless there are category folders."""
+        base = self._base(root)
+        if not base.is_dir():
+            raise _missing(root, base, "Caltech-256 (the unpacked 256_ObjectCategories.tar)")
+        if not self._categories(base):
+            raise FileNotFoundError(
+                f"{base} has no category folders; expected {base}/001.ak47 to {base}/257.clutter"
+            )
+
+    def download(self, root: Path) -> None:
+        """Lets torchvision fetch and unpack the archive of 1.2 GB into ``ROOT/caltech256``."""
+        Caltech256(str(root), download=True)
+
+    def open(self, root: Path, train: bool) -> OpenSource:
+        """Lists the files; a class is named without its number, and counted from 0."""
+        base = self._base(root)
+        folders = self._categories(base)
+        # Not those deeper down: two categories of the archive hold folders that are no part of it.
+        found = [
+            (path, folder)
+            for folder in folders
+            for path in image_files(base / folder)
+            if path.parent == base / folder
+        ]
+        whole = _open_files(found, folders, "caltech256", base)
+        halves = draw_per_class(whole.labels, DRAWN_TEST_FRACTION, "caltech256 test")
+        chosen = halves[0] if train else halves[1]
+        return OpenSource(
+            whole.labels[chosen],
+            [folder.partition(".")[2] for folder in folders],
+            lambda indices, size: whole.read(chosen[indices], size),
+        )
+
+    def _base(self, root: Path) -> Path:
+        nested = root / "caltech256" / "256_ObjectCategories"
+        return nested if nested.is_dir() else root / "256_ObjectCategories"
+
+    def _categories(self, base: Path) -> list[str]:
+        return sorted(
+            entry.name
+            for entry in base.iterdir()
+            if entry.is_dir() and re.fullmatch(r"\d{3}\..+", entry.name)
+        )
+
+
 class ImageFolder:
     """Pictures in ``train/CLASS`` and ``test/CLASS``; a class may occur in one of the two only."""
 
@@ -526,8 +608,12 @@ SOURCES: dict[str, Source] = {
     "cifar10": Cifar(CIFAR10, CIFAR10_NAMES),
     "cifar100": Cifar(CIFAR100, CIFAR100_NAMES),
     "tiny_imagenet": TinyImageNet(),
+    "caltech256": CaltechObjects(),
     "image_folder": ImageFolder(),
 }
+
+# Sources that come as one set, of which open() draws the test half.
+WITHOUT_TEST_HALF = ("digits", "caltech256")
 
 
 def draw_per_class(labels: Tensor, amount: float | int, purpose: str) -> tuple[Tensor, Tensor]:
@@ -618,8 +704,8 @@ def _open_files(
     )
 
 
-def _resize(images: Tensor, image_size: int, antialias: bool = True) -> Tensor:
-    """uint8 [N, 1 or 3, H, W] to uint8 RGB [N, 3, image_size, image_size], bilinear."""
+def rgb_squares(images: Tensor, image_size: int, antialias: bool = True) -> Tensor:
+    """Squeezes uint8 [N, 1 or 3, H, W] to uint8 RGB [N, 3, image_size, image_size], bilinear."""
     # In pieces, because the interpolation works on floats.
     pieces = [
         resize(piece, [image_size, image_size], InterpolationMode.BILINEAR, antialias=antialias)

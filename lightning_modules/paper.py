@@ -106,6 +106,23 @@ class PaperModule(LightningModule):
             on_bar = name.split("/")[-1] in self.bar_terms
             self.log(name, value, on_step=True, on_epoch=False, prog_bar=on_bar)
 
+    def gather_columns(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Concatenates the columns of all batches and all ranks, also when a rank had no batch.
+
+        Args:
+            rows: for each batch of this rank a dict of columns [B].
+
+        Returns:
+            Columns [N] on the CPU, the same on every rank.
+        """
+        mine = {key: torch.cat([row[key] for row in rows]).cpu() for key in rows[0]} if rows else {}
+        gathered: list[dict[str, Tensor]] = [mine]
+        if self.trainer.world_size > 1:
+            gathered = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, mine)
+        keys = next(part.keys() for part in gathered if part)
+        return {key: torch.cat([part[key] for part in gathered if part]) for key in keys}
+
     @property
     def batches_done(self) -> int:
         """Training batches before the current one, whatever the number of optimizer steps."""

@@ -5,32 +5,15 @@ AUROC does not depend on which class is called positive; AUPR and FPR95 do, so b
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
-
-def _scores(values: ArrayLike | Tensor, name: str) -> NDArray[np.float64]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64).ravel()
-    if not len(array):
-        raise ValueError(f"{name} is empty: the metrics need known and unknown samples")
-    if np.isnan(array).any():
-        raise ValueError(f"{name} contains nan")
-    return array
-
-
-def _labels(values: ArrayLike | Tensor) -> NDArray[np.int64]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    return np.asarray(values, dtype=np.int64).ravel()
+from lightning_modules.metrics.samples import SampleMetric, label_array, score_array
 
 
 def open_set_metrics(
@@ -63,8 +46,8 @@ def open_set_metrics(
     Raises:
         ValueError: no known or no unknown sample, nan, or lengths that differ.
     """
-    known = _scores(known_scores, "known_scores")
-    unknown = _scores(unknown_scores, "unknown_scores")
+    known = score_array(known_scores, "known_scores")
+    unknown = score_array(unknown_scores, "unknown_scores")
     is_unknown = np.repeat([0, 1], [len(known), len(unknown)])
     scores = np.concatenate([known, unknown])
     false_positives, true_positives, _ = roc_curve(is_unknown, scores, drop_intermediate=False)
@@ -96,7 +79,7 @@ def _correct(
 ) -> NDArray[np.bool_]:
     if target is None:
         raise ValueError("predictions of the knowns need their target")
-    predicted, wanted = _labels(predictions), _labels(target)
+    predicted, wanted = label_array(predictions), label_array(target)
     if not len(known) == len(predicted) == len(wanted):
         raise ValueError(
             f"{len(known)} known scores, {len(predicted)} predictions and {len(wanted)} targets "
@@ -129,8 +112,8 @@ def oscr_curve(
     Raises:
         ValueError: no known or no unknown sample, nan, or lengths that differ.
     """
-    known = _scores(known_scores, "known_scores")
-    unknown = _scores(unknown_scores, "unknown_scores")
+    known = score_array(known_scores, "known_scores")
+    unknown = score_array(unknown_scores, "unknown_scores")
     right = known[_correct(known, known_predictions, target)]
     thresholds = np.unique(np.concatenate([known, unknown]))
     ccr = np.searchsorted(np.sort(right), thresholds, side="right") / len(known)
@@ -152,7 +135,7 @@ def acceptance_threshold(known_scores: ArrayLike | Tensor, rate: float = 0.95) -
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate={rate} must be in (0, 1]")
-    ordered = np.sort(_scores(known_scores, "known_scores"))
+    ordered = np.sort(score_array(known_scores, "known_scores"))
     # The small slack keeps e.g. 0.95 * 20 from being rounded up to 20.
     return float(ordered[math.ceil(rate * len(ordered) - 1e-9) - 1])
 
@@ -179,10 +162,10 @@ def macro_f1(
     Raises:
         ValueError: no sample or nan.
     """
-    decisions = np.where(_scores(scores, "scores") > threshold, -1, _labels(predictions))
+    decisions = np.where(score_array(scores, "scores") > threshold, -1, label_array(predictions))
     return float(
         f1_score(
-            _labels(labels),
+            label_array(labels),
             decisions,
             labels=[-1, *range(num_classes)],
             average="macro",
@@ -205,26 +188,18 @@ def openness(num_known: int, num_unknown: int) -> float:
     return 1 - math.sqrt(2 * num_known / (2 * num_known + num_unknown))
 
 
-class OpenSetMetrics(Metric):
+class OpenSetMetrics(SampleMetric):
     """The :func:`open_set_metrics` over all batches and processes.
 
     A process may have no batch at all.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
-
-    scores: list[Tensor]
-    labels: list[Tensor]
-    predictions: list[Tensor]
-    index: list[Tensor]
+    columns: ClassVar = {
+        "scores": torch.float64,
+        "labels": torch.long,
+        "predictions": torch.long,
+    }
     samples: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("scores", "labels", "predictions", "index"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, labels: Tensor, predictions: Tensor, index: Tensor) -> None:
         """Adds a batch.
@@ -234,11 +209,11 @@ class OpenSetMetrics(Metric):
             labels: classes [B], -1 = unknown.
             predictions: classes among the known ones [B]; those of unknown samples are ignored.
             index: position in the dataset [B], unique over known and unknown samples.
+
+        Raises:
+            ValueError: columns of different lengths.
         """
-        self.scores.append(scores.detach().to(self._score_dtype()))
-        self.labels.append(labels.detach().long())
-        self.predictions.append(predictions.detach().long())
-        self.index.append(index.detach().long())
+        self.add(scores=scores, labels=labels, predictions=predictions, index=index)
 
     def compute(self) -> dict[str, float]:
         """The metrics by name.
@@ -246,12 +221,8 @@ class OpenSetMetrics(Metric):
         Raises:
             ValueError: no known or no unknown sample was added.
         """
-        scores, labels, predictions, index = (
-            dim_zero_cat(state).cpu().numpy() if len(state) else np.empty(0)
-            for state in (self.scores, self.labels, self.predictions, self.index)
-        )
-        first = np.unique(index, return_index=True)[1]
-        scores, labels, predictions = scores[first], labels[first], predictions[first]
+        rows = self.rows()
+        scores, labels, predictions = (rows[name] for name in ("scores", "labels", "predictions"))
         self.samples = (scores, labels, predictions)
         known = labels >= 0
         for name, number in (("known", known.sum()), ("unknown", (~known).sum())):
@@ -266,14 +237,3 @@ class OpenSetMetrics(Metric):
             target=labels[known],
             known_predictions=predictions[known],
         )
-
-    def _score_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "mps" else torch.float64
-
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # torchmetrics gathers float32 from a process without data, whatever the type on the others.
-        for name in ("scores", "labels", "predictions", "index"):
-            if not getattr(self, name):
-                dtype = self._score_dtype() if name == "scores" else torch.long
-                setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])
-        super()._sync_dist(*args, **kwargs)

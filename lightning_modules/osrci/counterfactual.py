@@ -5,8 +5,8 @@ K]``. Nothing here switches a network between training and evaluation mode unles
 so; wrap calls in :func:`eval_mode` or :func:`train_mode`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import TensorDataset
 
+from lightning_modules.nn.modes import eval_mode, frozen, train_mode
 from lightning_modules.osrci.losses import (
     Normalize,
     augment_logits,
@@ -61,63 +62,6 @@ class _Terms(NamedTuple):
     cf: Tensor
     distance: Tensor
     objective: Tensor
-
-
-@contextmanager
-def _mode(training: bool, modules: tuple[object, ...]) -> Iterator[None]:
-    networks = [module for module in modules if isinstance(module, nn.Module)]
-    flags = [(part, part.training) for network in networks for part in network.modules()]
-    try:
-        for network in networks:
-            network.train(training)
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
-
-
-@contextmanager
-def eval_mode(*modules: object) -> Iterator[None]:
-    """Networks in evaluation mode for the duration; every submodule gets its own flag back."""
-    with _mode(False, modules):
-        yield
-
-
-@contextmanager
-def train_mode(*modules: object) -> Iterator[None]:
-    """Networks in training mode for the duration; flags and running statistics come back."""
-    buffers = [
-        (buffer, buffer.detach().clone())
-        for module in modules
-        if isinstance(module, nn.Module)
-        for buffer in module.buffers()
-    ]
-    try:
-        with _mode(True, modules):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-
-
-@contextmanager
-def frozen(*modules: object) -> Iterator[None]:
-    """No parameter of the networks requires a gradient for the duration; the flags come back."""
-    parameters = [
-        parameter
-        for module in modules
-        if isinstance(module, nn.Module)
-        for parameter in module.parameters()
-        if parameter.requires_grad
-    ]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 def search_copy(network: nn.Module) -> nn.Module:

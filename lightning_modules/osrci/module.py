@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 
 from lightning_modules.adversarial import AdversarialModule
 from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
+from lightning_modules.nn.modes import eval_mode
 from lightning_modules.osrci.counterfactual import (
-    eval_mode,
     generate_open_set,
     recalibrate_batch_norm,
 )
@@ -639,7 +639,7 @@ class OSRCIModule(AdversarialModule):
         collected, self._validation = self._validation, []
         if self.trainer.sanity_checking:
             return
-        columns = self._gather_columns(collected)
+        columns = self.gather_columns(collected)
         accuracies = {
             f"val/{name}/closed_accuracy": columns[name].float().mean()
             for name in ("classifier", "kplusone_classifier")
@@ -656,16 +656,6 @@ class OSRCIModule(AdversarialModule):
                 f"fine-tuning against counterfactuals lowered the closed-set accuracy on held-out knowns from "
                 f"{before:.3f} to {after:.3f}"
             )
-
-    def _gather_columns(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Concatenates the columns of all batches and all ranks, also when a rank had no batch."""
-        mine = {key: torch.cat([row[key] for row in rows]).cpu() for key in rows[0]} if rows else {}
-        gathered: list[dict[str, Tensor]] = [mine]
-        if self.trainer.world_size > 1:
-            gathered = [{}] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, mine)
-        keys = next(part.keys() for part in gathered if part)
-        return {key: torch.cat([part[key] for part in gathered if part]) for key in keys}
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Feeds every row of the table."""

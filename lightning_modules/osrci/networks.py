@@ -8,7 +8,6 @@ of a network takes part in its forward.
 """
 
 import copy
-import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,28 +16,17 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from lightning_modules.nn.norm import Norm, norm_layer
 from lightning_modules.osrci.losses import Normalize, normalize_latent
 
-Norm = Literal["batch", "group", "none"]
 SCALES = (1, 2, 4, 8)
-
-
-def _norm_layer(norm: Norm, channels: int) -> list[nn.Module]:
-    match norm:
-        case "batch":
-            return [nn.BatchNorm2d(channels)]
-        case "group":
-            return [nn.GroupNorm(math.gcd(8, channels), channels)]
-        case "none":
-            return []
-    raise ValueError(f"unknown norm={norm!r}; choose one of {', '.join(get_args(Norm))}")
 
 
 def _stage(channels: list[int], strides: list[int], dropout: float, norm: Norm) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Dropout2d(dropout)]
     for inner, outer, stride in zip(channels[:-1], channels[1:], strides, strict=True):
         conv = nn.Conv2d(inner, outer, 3, stride, padding=1, bias=norm == "none")
-        layers += [conv, *_norm_layer(norm, outer), nn.LeakyReLU(0.2)]
+        layers += [conv, *norm_layer(norm, outer), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers)
 
 
@@ -217,7 +205,7 @@ class Generator32(nn.Module):
                 outer = side_channels[2 * side]
                 conv = nn.ConvTranspose2d(side_channels[side], outer, 4, 2, 1, bias=norm == "none")
                 self.ups[str(side)] = nn.Sequential(
-                    conv, nn.LeakyReLU(0.01), *_norm_layer(norm, outer)
+                    conv, nn.LeakyReLU(0.01), *norm_layer(norm, outer)
                 )
         self.to_image = nn.ConvTranspose2d(side_channels[16], in_channels, 4, 2, 1)
         if set(self.scales) == set(SCALES) and norm == "batch":

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_modules.osrci.counterfactual import eval_mode, interpolated_open_set_candidates
+from lightning_modules.nn.modes import eval_mode
+from lightning_modules.osrci.counterfactual import interpolated_open_set_candidates
 
 
 class ImageBank(Protocol):

@@ -118,3 +118,36 @@ def make_tree(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return build
+
+
+@pytest.fixture
+def caltech_root(tmp_path: Path) -> Path:
+    """Caltech-256 with 4 categories of 20 pictures and 40 of clutter."""
+    base = tmp_path / "256_ObjectCategories"
+    for place, name in enumerate(["001.ak47", "002.bat", "003.cat-101", "004.dog", "257.clutter"]):
+        for i in range(40 if place == 4 else 20):
+            save_picture(base / name / f"{name[:3]}_{i + 1:04d}.jpg", 20 * place + 1)
+    (base / "004.dog" / "greg").mkdir()
+    save_picture(base / "004.dog" / "greg" / "stray.jpg", 255)
+    (base / "RENAME2").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def save_clip(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a clip of UCSD Ped2 (uint8 [T, H, W]), with masks if it is given any."""
+
+    def save(name: str, frames: np.ndarray, masks: np.ndarray | None = None) -> Path:
+        half = tmp_path / "UCSDped2" / name.rstrip("0123456789")
+        for folder, pictures, suffix in (
+            (half / name, frames, "tif"),
+            (half / f"{name}_gt", masks, "bmp"),
+        ):
+            if pictures is not None:
+                folder.mkdir(parents=True)
+                for i, picture in enumerate(pictures):
+                    Image.fromarray(picture).save(folder / f"{i + 1:03d}.{suffix}")
+                (folder / f"._001.{suffix}").write_bytes(b"left by macOS")
+        return tmp_path
+
+    return save

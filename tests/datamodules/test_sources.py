@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, Caltech256
 
 from datamodules import sources
 from datamodules.sources import (
@@ -18,6 +18,7 @@ from datamodules.sources import (
     draw_per_class,
     load_source,
     open_source,
+    open_whole_source,
     prepare_source,
 )
 
@@ -147,6 +148,49 @@ def test_tiny_imagenet(tiny_imagenet_root: Path) -> None:
     assert test.labels.bincount().tolist() == [3, 3, 3, 3]
 
 
+def test_caltech256_draws_its_test_half(
+    caltech_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = (load_source("caltech256", caltech_root, half, 8) for half in (True, False))
+    for half, counts in ((train, [14, 14, 14, 14, 28]), (test, [6, 6, 6, 6, 12])):
+        check_values(half, 8, tolerance=2)
+        assert half.labels.bincount().tolist() == counts
+        assert half.class_names == ["ak47", "bat", "cat-101", "dog", "clutter"]
+    decoded: list[list[str]] = []
+    monkeypatch.setattr(
+        sources, "decode_images", lambda paths, *_: decoded.append([path.name for path in paths])
+    )
+
+    def read(root: Path) -> None:
+        for half in (True, False):
+            source = open_source("caltech256", root, half)
+            source.read(torch.arange(len(source.labels)), 8)
+
+    read(caltech_root)
+    assert len(set(decoded[0] + decoded[1])) == len(decoded[0] + decoded[1]) == 120
+    # As torchvision lays it out, and with another seed.
+    base = caltech_root / "256_ObjectCategories"
+    (caltech_root / "caltech256").mkdir()
+    base.rename(caltech_root / "caltech256" / base.name)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    read(caltech_root)
+    assert decoded[2:] == decoded[:2]
+    (caltech_root / "empty" / "256_ObjectCategories").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no category folders; expected .*001.ak47"):
+        open_source("caltech256", caltech_root / "empty", True)
+
+
+def test_both_halves_as_one_source(caltech_root: Path) -> None:
+    whole = open_whole_source("caltech256", caltech_root)
+    assert whole.labels.bincount().tolist() == [20, 20, 20, 20, 40]
+    train = open_source("caltech256", caltech_root, True)
+    assert torch.equal(whole.labels[: len(train.labels)], train.labels)
+    for chosen in (torch.tensor([100, 3, 119, 60, 0]), torch.tensor([1, 2]), torch.tensor([110])):
+        images = whole.read(chosen, 8)
+        expected = (20 * whole.labels[chosen] + 1).view(-1, 1, 1, 1).expand_as(images)
+        assert (images.int() - expected).abs().max() <= 2
+
+
 def test_only_the_chosen_pictures_are_decoded(
     tiny_imagenet_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +274,13 @@ def test_unknown_source() -> None:
 
 @pytest.mark.parametrize(
     ("name", "dataset"),
-    [("mnist", MNIST), ("svhn", SVHN), ("cifar10", CIFAR10), ("cifar100", CIFAR100)],
+    [
+        ("mnist", MNIST),
+        ("svhn", SVHN),
+        ("cifar10", CIFAR10),
+        ("cifar100", CIFAR100),
+        ("caltech256", Caltech256),
+    ],
 )
 def test_download_reaches_torchvision(
     name: str, dataset: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,16 +1,13 @@
 """OSRCI: from golden cases to lightning_modules.osrci, its metrics and its data splits."""
 
 import inspect
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from torch.utils.data import DataLoader, Dataset
 
 from datamodules.open_set import OpenSetDataModule
 from datamodules.open_set_splits import osr_split
@@ -46,6 +43,7 @@ from lightning_modules.osrci.openmax import (
     openmax_recalibrate,
     openmax_reference_score,
 )
+from tests.scripted import Rows, fit_one_epoch
 
 Case = dict[str, Any]
 Values = dict[str, Any]
@@ -381,37 +379,6 @@ class _ToyDiscriminator(nn.Module):
         return self.out(torch.tanh(self.hidden(x)))
 
 
-class _Rows(Dataset):
-    """The batches of a case, row by row; also the training bank the module asks for."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"image": self.images[index], "label": self.labels[index]}
-
-
-def _fit_one_epoch(module: LightningModule, rows: _Rows, batch_size: int) -> None:
-    level = logging.getLogger("lightning.pytorch").level
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Trainer(
-                max_epochs=1,
-                accelerator="cpu",
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            ).fit(module, DataLoader(rows, batch_size))
-    finally:
-        logging.getLogger("lightning.pytorch").setLevel(level)
-
-
 class _ScriptedOSRCI(OSRCIModule):
     """OSRCIModule whose networks, optimizers and draws come from a case; it records its losses."""
 
@@ -460,7 +427,7 @@ def joint_training_step(case: Case) -> Values:
     }
     draws = {"noise": _tensor(inputs["gaussian"]), "alpha": _tensor(inputs["alpha"])}
     module.script(networks, draws, inputs)
-    _fit_one_epoch(module, _Rows(images.flatten(0, 1), targets.flatten()), images.shape[1])
+    fit_one_epoch(module, Rows(images.flatten(0, 1), targets.flatten()), images.shape[1])
     encoder, generator, discriminator, classifier = (
         getattr(module, name) for name in ("encoder", "generator", "discriminator", "classifier")
     )
@@ -506,7 +473,7 @@ def kplusone_training_step(case: Case) -> Values:
     classifier = _Linear(inputs["Wc"], inputs["bc"])
     module = _ScriptedKPlusOne(classifier, _tensor(inputs["open"]), lr=inputs["lr"]).double()
     known, target = _tensor(inputs["known"]), torch.tensor(inputs["target"])
-    _fit_one_epoch(module, _Rows(known, target), len(known))
+    fit_one_epoch(module, Rows(known, target), len(known))
     return {
         "Wc": classifier.weight,
         "bc": classifier.bias,

@@ -63,6 +63,21 @@ ALL = [
         boundary="synthesize",
         batches=(2, 8),
     ),
+    Member(
+        "ognet",
+        "configs/ognet/digits.yaml",
+        tiny={
+            "data.batch_size": 16,
+            "data.train_limit": 40,
+            "data.test_limit": 4,
+            "model.base_channels": 2,
+            "model.phase_one_epochs": 3,
+            "model.phase_two_iterations": 5,
+            "trainer.log_every_n_steps": 1,
+        },
+        parity={"model.norm": "group"},
+        batches=(2, 8),
+    ),
     Member("prdc", "configs/prdc/digits.yaml", tiny={"data.limit": 60}, trains=False),
 ]
 MEMBERS = [member for member in ALL if member.trains]

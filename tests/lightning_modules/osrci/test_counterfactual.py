@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.nn.modes import eval_mode, frozen, train_mode
 from lightning_modules.osrci.counterfactual import (
     counterfactual_search,
-    eval_mode,
-    frozen,
     generate_open_set,
     interpolated_open_set_candidates,
     recalibrate_batch_norm,
     search_copy,
-    train_mode,
 )
 from lightning_modules.osrci.losses import clamp_to_unit_sphere, sample_latent
 from lightning_modules.osrci.networks import Classifier32, Encoder32, Generator32

@@ -1,0 +1,5 @@
+"""Old is Gold: one-class classification with a discriminator of reconstruction quality (Zaheer et al., CVPR 2020)."""
+
+from lightning_modules.ognet.module import OGNet
+
+__all__ = ["OGNet"]

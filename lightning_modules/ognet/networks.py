@@ -1,0 +1,160 @@
+"""Networks of OGNet with the parameter shapes and names of the released code, at any size and width."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.nn.norm import Norm, norm_layer
+
+SMALLEST_IMAGE = 17
+
+
+class OGNetGenerator(nn.Module):
+    """Auto-encoder of four 5x5 convolutions and their transposes, without stride or padding (``g_net``).
+
+    It has no bottleneck. The third and fourth convolution are followed by ReLU and *then* the norm, as in the released
+    code.
+
+    Args:
+        in_channels: of an image.
+        base_channels: of the first convolution, doubled by each further one (64 in the released code).
+        norm: normalisation; ``group`` keeps the images of a batch independent of each other.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, in_channels: int = 1, base_channels: int = 64, norm: Norm = "batch") -> None:
+        super().__init__()
+        _demand_positive(in_channels=in_channels, base_channels=base_channels)
+        widths = [base_channels * 2**i for i in range(4)]
+        encoder: list[nn.Module] = []
+        for stage, (inner, outer) in enumerate(
+            zip([in_channels, *widths[:3]], widths, strict=True)
+        ):
+            after = [*_keep_place(norm_layer(norm, outer)), nn.ReLU()]
+            encoder += [nn.Conv2d(inner, outer, 5), *(after if stage < 2 else reversed(after))]
+        decoder: list[nn.Module] = []
+        for inner, outer in zip(widths[:0:-1], widths[2::-1], strict=True):
+            decoder += [
+                nn.ConvTranspose2d(inner, outer, 5),
+                *_keep_place(norm_layer(norm, outer)),
+                nn.ReLU(),
+            ]
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(
+            *decoder, nn.ConvTranspose2d(widths[0], in_channels, 5), nn.Tanh()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstructions [B, C, H, W] in [-1, 1] of images [B, C, H, W] with H, W >= 17."""
+        return self.decoder(self.encoder(x))
+
+
+class OGNetDiscriminator(nn.Module):
+    """Four 5x5 convolutions of stride 2 and a linear layer (``d_net``), which gives logits.
+
+    Args:
+        in_channels: of an image.
+        image_size: side of an image.
+        base_channels: of the first convolution, doubled by each further one.
+        norm: normalisation after the first three convolutions.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 45,
+        base_channels: int = 64,
+        norm: Norm = "batch",
+    ) -> None:
+        super().__init__()
+        _demand_positive(
+            in_channels=in_channels, image_size=image_size, base_channels=base_channels
+        )
+        widths = [base_channels * 2**i for i in range(4)]
+        layers: list[nn.Module] = []
+        side = image_size
+        for stage, (inner, outer) in enumerate(
+            zip([in_channels, *widths[:3]], widths, strict=True)
+        ):
+            layers.append(nn.Conv2d(inner, outer, 5, stride=2, padding=2))
+            if stage < 3:
+                layers += _keep_place(norm_layer(norm, outer))
+            layers.append(nn.ReLU())
+            side = math.ceil(side / 2)
+        layers += [nn.Flatten(), nn.Linear(widths[3] * side**2, 1)]
+        self.discriminator = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B] of images [B, C, H, W] in [-1, 1]; large = anomalous."""
+        return self.discriminator(x).squeeze(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Probabilities [B] in (0, 1) of being anomalous; of half precision take the logits to rank by."""
+        return self(x).sigmoid()
+
+
+def load_reference_networks(
+    g_path: str | Path, d_path: str | Path | None = None, image_size: int = 45
+) -> tuple[OGNetGenerator, OGNetDiscriminator]:
+    """Networks from checkpoints in the layout of the released code, of whatever width they are.
+
+    Args:
+        g_path: file with ``g_model_state_dict``.
+        d_path: file with ``d_model_state_dict``; None: it is in the same file.
+        image_size: side of the images they were trained on.
+
+    Returns:
+        Generator and discriminator on the CPU.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RuntimeError: a file cannot be read or holds something else.
+    """
+    generator_state = _reference_state(g_path, "g_model_state_dict")
+    discriminator_state = _reference_state(d_path or g_path, "d_model_state_dict")
+    try:
+        first = generator_state["encoder.0.weight"]
+        generator = OGNetGenerator(first.shape[1], first.shape[0])
+        generator.load_state_dict(generator_state)
+        first = discriminator_state["discriminator.0.weight"]
+        discriminator = OGNetDiscriminator(first.shape[1], image_size, first.shape[0])
+        discriminator.load_state_dict(discriminator_state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"{g_path} and {d_path or g_path} do not hold the networks of the released code for images of "
+            f"{image_size} pixels ({error})"
+        ) from error
+    return generator, discriminator
+
+
+def _reference_state(path: str | Path, key: str) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
+        raise RuntimeError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    if key not in stored:
+        raise RuntimeError(f"{path} has no {key}; it has {', '.join(map(str, list(stored)[:5]))}")
+    # Saved from DataParallel, the names begin with "module.".
+    return {name.removeprefix("module."): value for name, value in stored[key].items()}
+
+
+def _keep_place(layers: list[nn.Module]) -> list[nn.Module]:
+    """An empty layer where there is no norm, so that the layers after it keep their numbers."""
+    return layers or [nn.Identity()]
+
+
+def _demand_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")

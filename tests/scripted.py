@@ -1,0 +1,40 @@
+"""Modules trained on exactly the batches of a golden case."""
+
+import logging
+import warnings
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+class Rows(Dataset):
+    """The batches of a case, row by row; also the training bank a module asks for."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        return {"image": self.images[index], "label": self.labels[index], "index": index}
+
+
+def fit_one_epoch(module: LightningModule, rows: Dataset, batch_size: int) -> None:
+    """One epoch over the rows in their order, without a word."""
+    level = logging.getLogger("lightning.pytorch").level
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Trainer(
+                max_epochs=1,
+                accelerator="cpu",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ).fit(module, DataLoader(rows, batch_size))
+    finally:
+        logging.getLogger("lightning.pytorch").setLevel(level)
