@@ -82,7 +82,7 @@ class AnomalyReport(Callback):
         _, labels = metric.samples
         of_frames = metric.frame_labels is not None
         title = f"Anomaly detection, {data.get('dataset', 'test set')}"
-        if "normal" in data:
+        if data.get("normal"):
             title += f", normal: {', '.join(str(c) for c in data['normal'])}"
         title += (
             f": {int((labels == 0).sum())} inlier and {int((labels == 1).sum())} outlier test "
@@ -177,7 +177,6 @@ class AnomalySheet(Callback):
         if trainer.world_size > 1:
             parts = [[]] * trainer.world_size
             torch.distributed.all_gather_object(parts, self._rows)
-        self._rows = []
         rows = _most_anomalous([row for part in parts for row in part], self.count)
         if not rows:
             return
@@ -193,7 +192,7 @@ class AnomalySheet(Callback):
                 "difference": (images.float() - rebuilt.float()).abs(),
             },
             self.count,
-            [f"{score:.3f}" for score, *_ in rows],
+            [f"{score:.3g}" for score, *_ in rows],
         )
         path = run_directory(trainer) / "images" / "most_anomalous.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,8 +86,9 @@ class Reconstructor:
             recon, old = self._recon[x], self._old[x]
             old_a, old_b = self._old[a], self._old[b]
         else:
-            recon, old = self._pass(self.generator, real), self._pass(self.old_generator, real)
-            old_a, old_b = (self._pass(self.old_generator, self.images(part)) for part in (a, b))
+            recon = self._pass(self.generator, real)
+            three = torch.cat([real, self.images(a), self.images(b)])
+            old, old_a, old_b = self._pass(self.old_generator, three).chunk(3)
         pseudo = self._pass(self.generator, pseudo_anomaly_input(old_a, old_b))
         return PhaseTwoBatch(real, recon, old, pseudo)
 

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 import callbacks.anomaly
 import callbacks.report
 from callbacks.anomaly import COLUMNS, AnomalyReport, AnomalySheet
+from callbacks.report import Histogram, score_histograms
 from lightning_modules.metrics.anomaly import AnomalyMetrics, anomaly_metrics, auc_interval
 from tests.callbacks.boring import BoringGAN, BoringImages, boring_trainer, loader, run_fresh
 
@@ -87,6 +89,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("anomaly_table.txt", "images/anomaly-histograms-0.png"):
         assert f"wrote {tmp_path / name}" in out
         assert (tmp_path / name).exists()
+    assert "on the test set itself" in text
     title, heading, *lines = text.splitlines()
     for part in (
         "mnist",
@@ -155,6 +158,18 @@ def test_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert max(filled) - 1e-6 <= mine.max() <= max(filled) + near
 
 
+def test_histograms_without_a_threshold_or_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(callbacks.report, "save_figure", lambda *args: figures.append(args[2]))
+    trainer: Any = None
+    texts: tuple[Any, ...] = (("low", "high"), "threshold", "score")
+    for threshold in (None, float("nan")):
+        panel = Histogram("equal", np.full(4, 7.0), np.arange(4) < 2, threshold)
+        score_histograms(trainer, "a", [panel], *texts)
+    assert [len(figure.axes[0].lines) for figure in figures] == [0, 0]
+    assert score_histograms(trainer, "a", [], *texts) is None
+
+
 def test_a_module_without_rows_is_refused(tmp_path: Path) -> None:
     trainer = boring_trainer(tmp_path, callbacks=[AnomalyReport()])
     with pytest.raises(MisconfigurationException, match=r"AnomalyReport needs.*no ready_rows"):
@@ -189,7 +204,7 @@ def test_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> N
     for name, value in wanted.items():
         torch.testing.assert_close(rows[name], value)
     assert columns >= len(order)
-    assert titles == [f"{scores[i]:.3f}" for i in order]
+    assert titles == [f"{scores[i]:.3g}" for i in order]
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["most_anomalous.png"]
     # A second prediction starts anew.
     trainer.predict(Scorer(), loader(3), return_predictions=False)
@@ -199,9 +214,9 @@ def test_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> N
 def test_sheet_shows_nan_first_and_each_sample_once(tmp_path: Path) -> None:
     image = torch.zeros(1)
     rows = [(2.0, 0, 1, image), (float("nan"), 0, 5, image), (2.0, 0, 0, image)]
-    rows += [(1.0, 1, 1, image), (3.0, 0, 1, image)]
-    best = callbacks.anomaly._most_anomalous(rows, 4)
-    assert [row[1:3] for row in best] == [(0, 5), (0, 1), (0, 0), (1, 1)]
+    rows += [(2.0, 1, 1, image), (3.0, 0, 1, image), (2.0, 0, 7, image), (2.0, 0, 4, image)]
+    best = callbacks.anomaly._most_anomalous(rows, 5)
+    assert [row[1:3] for row in best] == [(0, 5), (0, 1), (0, 0), (0, 4), (0, 7)]
     assert best[1][0] == 3.0
 
 
@@ -226,6 +241,7 @@ run(Path(sys.argv[1]), Scorer(), devices=2, strategy="ddp_fork")
 
 def test_two_processes_write_the_same(tmp_path: Path) -> None:
     run(tmp_path / "one", Scorer())
-    run_fresh(TWO_PROCESSES, str(tmp_path / "two"))
+    printed = run_fresh(TWO_PROCESSES, str(tmp_path / "two"))
+    assert printed.count("most_anomalous.png") == printed.count("Anomaly detection") == 1
     for name in ("anomaly_table.txt", "tables/anomaly-table.csv", "images/most_anomalous.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

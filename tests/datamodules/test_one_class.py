@@ -61,6 +61,7 @@ def test_only_normal_digits_are_trained_on(
     data = ready(normal=normal)
     assert data.class_names == part(data.test).class_names == ["normal", "outlier"]
     check_no_leak(data, {int(name) for name in normal})
+    assert data.normal == sorted(str(name) for name in normal)
     train, val, test = pixels(data.train), pixels(data.val), pixels(data.test)
     assert not train & val
     assert not (train | val) & test
@@ -68,7 +69,7 @@ def test_only_normal_digits_are_trained_on(
     assert len(part(data.test)) == 539
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
     again = ready(normal=[int(name) for name in reversed(normal)], outlier_proportion=0.3)
-    assert again.normal == sorted(str(name) for name in normal)
+    assert again.normal == data.normal
     assert (pixels(again.train), pixels(again.val)) == (train, val)
     assert pixels(again.test) < test
 
@@ -90,6 +91,9 @@ def test_no_outlier_of_other_formats(
 def test_outliers_per_class() -> None:
     data = ready(outliers_per_class=20)
     assert outlier_counts(data) == [0] + [20] * 9
+    everything = [image.numpy().tobytes() for image in part(ready().test).images]
+    places = [everything.index(image.numpy().tobytes()) for image in part(data.test).images]
+    assert places == sorted(places)  # in the order of the source, not class by class
     fewer = ready(outliers_per_class=5)
     assert pixels(fewer.test) < pixels(data.test)
     with pytest.raises(
