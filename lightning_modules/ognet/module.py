@@ -451,7 +451,8 @@ class OGNet(AdversarialModule):
         found = scores[row]
         decision = ["outlier" if above else "normal" for above in (found > threshold).tolist()]
         if row != "reconstruction":
-            found, threshold = found.sigmoid(), threshold.sigmoid()
+            # In float32 the probabilities of clear outliers would tie.
+            found, threshold = found.double().sigmoid(), threshold.double().sigmoid()
         return {"decision": decision, "score": found, "threshold": threshold.expand(len(found))}
 
     # ------------------------------------------------------------------ pictures and data

@@ -215,8 +215,8 @@ def test_sheet_shows_nan_first_and_each_sample_once(tmp_path: Path) -> None:
     image = torch.zeros(1)
     rows = [(2.0, 0, 1, image), (float("nan"), 0, 5, image), (2.0, 0, 0, image)]
     rows += [(2.0, 1, 1, image), (3.0, 0, 1, image), (2.0, 0, 7, image), (2.0, 0, 4, image)]
-    best = callbacks.anomaly._most_anomalous(rows, 5)
-    assert [row[1:3] for row in best] == [(0, 5), (0, 1), (0, 0), (0, 4), (0, 7)]
+    best = callbacks.anomaly._most_anomalous(rows, 6)
+    assert [row[1:3] for row in best] == [(0, 5), (0, 1), (0, 0), (0, 4), (0, 7), (1, 1)]
     assert best[1][0] == 3.0
 
 

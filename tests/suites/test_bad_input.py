@@ -60,6 +60,29 @@ def test_option(extra: list[str], expected: list[str], tmp_path: Path) -> None:
         assert part in line, line
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--data.normal", '["ten"]'], ["ten", "digits"]),
+        (["--data.image_size", "24"], ["image_size=20", "24", "--model.image_size"]),
+        (["--data.outlier_proportion", "1.5"], ["outlier_proportion=1.5"]),
+        (["--data.outliers_per_class", "1000"], ["1000"]),
+        (["--model.old_epoch", "40"], ["old_epoch=40"]),
+        (
+            ["--data.dataset", "ped2", "--data.normal", "null", "--data.root", "/nowhere"],
+            ["/nowhere"],
+        ),
+        (["--data.dataset", "caltech256", "--data.root", "/nowhere"], ["/nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_one_class_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (ognet,) = (member for member in MEMBERS if member.name == "ognet")
+    line = message(["fit", *ognet.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
 def test_sets_that_cannot_be_compared(tmp_path: Path) -> None:
     """PRDC: each mistake is told before anything is embedded."""
     for name, rows, width in (("a", 9, 3), ("b", 9, 4), ("few", 4, 3), ("nan", 9, 3)):

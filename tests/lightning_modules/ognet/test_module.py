@@ -260,7 +260,7 @@ def test_scores_rank_by_logits_and_predict_gives_probabilities() -> None:
     )
     ognet.thresholds.fill_(float(scores["ognet"].sort().values[1]))
     predicted = ognet.predict_step({"image": images}, 0)
-    torch.testing.assert_close(predicted["score"], scores["ognet"].sigmoid())
+    torch.testing.assert_close(predicted["score"], scores["ognet"].double().sigmoid())
     above = (scores["ognet"] > ognet.thresholds[3]).tolist()
     assert predicted["decision"] == ["outlier" if value else "normal" for value in above]
     assert predicted["decision"].count("outlier") == 1
