@@ -68,10 +68,7 @@ def test_option(extra: list[str], expected: list[str], tmp_path: Path) -> None:
         (["--data.outlier_proportion", "1.5"], ["outlier_proportion=1.5"]),
         (["--data.outliers_per_class", "1000"], ["1000"]),
         (["--model.old_epoch", "40"], ["old_epoch=40"]),
-        (
-            ["--data.dataset", "ped2", "--data.normal", "null", "--data.root", "/nowhere"],
-            ["/nowhere"],
-        ),
+        (["--data.dataset", "ped2", "--data.normal", "null"], ["test_limit=4", "ped2"]),
         (["--data.dataset", "caltech256", "--data.root", "/nowhere"], ["/nowhere"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
