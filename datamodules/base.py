@@ -37,6 +37,9 @@ class AdversariaDataModule(LightningDataModule):
             any result.
         num_workers: loader processes; images in memory rarely need any.
         horizontal_flip: mirror training images with probability 1/2.
+        random_crop: side of the square that is cut out of each training image at a random place.
+            Where a batch has ``size`` (a list of (height, width)), the image fills that much of its
+            padded upper left corner.
 
     Raises:
         ValueError: a size below 1 or a negative number of workers.
@@ -48,19 +51,22 @@ class AdversariaDataModule(LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         horizontal_flip: bool = False,
+        random_crop: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("num_workers", num_workers, 0),
+            ("random_crop", random_crop, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.horizontal_flip = horizontal_flip
+        self.random_crop = random_crop
 
     def train_loader(self, dataset: BatchDataset) -> DataLoader:
         """Shuffled global batches, from where the trainer stands.
@@ -124,22 +130,40 @@ class AdversariaDataModule(LightningDataModule):
         trainer = self.trainer
         dtype = torch.float32 if trainer is None else trainer.lightning_module.dtype
         assert isinstance(dtype, torch.dtype)
-        images = unit_interval(batch["image"], dtype)
-        if self.horizontal_flip and trainer is not None and trainer.training:
+        batch, images = dict(batch), batch["image"]
+        training = trainer is not None and trainer.training
+        if self.random_crop is not None and training:
+            images = self._crop(images, self.random_crop, batch.pop("size", None))
+        images = unit_interval(images, dtype)
+        if self.horizontal_flip and training:
             images = self._flip(images)
         return {**batch, "image": images}
 
+    def _crop(self, images: Tensor, side: int, sizes: list[tuple[int, int]] | None) -> Tensor:
+        height, width = images.shape[-2:]
+        sizes = sizes or [(height, width)] * len(images)
+        drawn = self._uniform("random crop", len(images), 2).tolist()
+        pieces = []
+        for image, (height, width), (down, right) in zip(images, sizes, drawn, strict=True):
+            top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
+            pieces.append(image[:, top : top + side, left : left + side])
+        return torch.stack(pieces)
+
     def _flip(self, images: Tensor) -> Tensor:
+        chosen = self._uniform("horizontal flip", len(images))
+        mirrored = (chosen < 0.5).to(images.device, non_blocking=True)
+        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+    def _uniform(self, purpose: str, local: int, *shape: int) -> Tensor:
+        """This process's rows [local, *shape] of what is drawn in [0, 1) for the global batch."""
         trainer = self.trainer
         assert trainer is not None
         world, rank = self._processes()
         # The counter moves on after the transfer, so it still is the number of this batch.
         batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        generator = keyed_generator("horizontal flip", trainer.current_epoch, batch_idx)
-        local = len(images)
-        chosen = torch.rand(world * local, generator=generator)[rank * local : (rank + 1) * local]
-        mirrored = (chosen < 0.5).to(images.device, non_blocking=True)
-        return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+        generator = keyed_generator(purpose, trainer.current_epoch, batch_idx)
+        drawn = torch.rand(world * local, *shape, generator=generator)
+        return drawn[rank * local : (rank + 1) * local]
 
     def _processes(self) -> tuple[int, int]:
         """Number of processes and the rank of this one."""

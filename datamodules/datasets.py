@@ -1,6 +1,6 @@
 """Sets fetched a batch at a time: images in memory, picture files, features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class ImageArrayDataset(BatchDataset):
         paths: the file of each image, where there is one; batches then have ``path``.
         groups: int64 [N], what each image is a part of (the frame of a patch); batches then have
             ``group``.
+        boxes: int64 [N, M, 4] in pixels, -1 for no box; batches then have ``boxes``.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class ImageArrayDataset(BatchDataset):
         class_ids: Tensor | None = None,
         paths: Sequence[str] | None = None,
         groups: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
@@ -95,6 +97,8 @@ class ImageArrayDataset(BatchDataset):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         if groups is not None and len(groups) != len(images):
             raise ValueError(f"{len(images)} images but {len(groups)} groups")
+        if boxes is not None and len(boxes) != len(images):
+            raise ValueError(f"{len(images)} images but boxes for {len(boxes)}")
         self.images = images
         self.sample_shape = tuple(images.shape[1:])
         self.labels = labels
@@ -102,6 +106,7 @@ class ImageArrayDataset(BatchDataset):
         self.class_ids = labels if class_ids is None else class_ids
         self.paths = None if paths is None else list(paths)
         self.groups = groups
+        self.boxes = boxes
 
     def __len__(self) -> int:
         return len(self.images)
@@ -109,7 +114,8 @@ class ImageArrayDataset(BatchDataset):
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
         """The batch of these images: ``image`` uint8 [B, C, H, W]; ``label``, ``index`` [B].
 
-        Also ``path`` (list of str) and ``group`` (int64 [B]), where the set has them.
+        Also ``path`` (list of str), ``group`` (int64 [B]) and ``boxes`` (int64 [B, M, 4]), where the
+        set has them.
         """
         index = torch.as_tensor(indices, dtype=torch.int64)
         batch: dict[str, Any] = {
@@ -121,6 +127,8 @@ class ImageArrayDataset(BatchDataset):
             batch["path"] = [self.paths[i] for i in index.tolist()]
         if self.groups is not None:
             batch["group"] = self.groups.index_select(0, index)
+        if self.boxes is not None:
+            batch["boxes"] = self.boxes.index_select(0, index)
         return batch
 
     def subset(self, indices: Sequence[int] | Tensor) -> "ImageArrayDataset":
@@ -133,6 +141,7 @@ class ImageArrayDataset(BatchDataset):
             self.class_ids.index_select(0, index),
             None if self.paths is None else [self.paths[i] for i in index.tolist()],
             None if self.groups is None else self.groups.index_select(0, index),
+            None if self.boxes is None else self.boxes.index_select(0, index),
         )
 
 
@@ -181,13 +190,38 @@ class PictureFileDataset(BatchDataset):
     Args:
         paths: the files.
         size: side of the square to which each picture is squeezed; or (height, width), which each
-            picture has.
+            picture has; None: ``decode`` gives various sizes.
+        labels: int64 [N]; batches then have ``label``.
+        boxes: int64 [N, M, 4] in pixels of the decoded picture; batches then have ``boxes``.
+        original_sizes: int64 [N, 2], height and width of the files; batches then have
+            ``original_size``.
+        decode: how a file becomes uint8 [3, H, W], instead of squeezing.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int | tuple[int, int]) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path | str],
+        size: int | tuple[int, int] | None,
+        labels: Tensor | None = None,
+        boxes: Tensor | None = None,
+        original_sizes: Tensor | None = None,
+        decode: Callable[[Path], Tensor] | None = None,
+    ) -> None:
+        if size is None and decode is None:
+            raise ValueError("size=None needs a function that decodes")
         self.paths = list(paths)
-        self.image_size = size if isinstance(size, int) else None
-        self.sample_shape = (3, size, size) if isinstance(size, int) else (3, *size)
+        self.labels = labels
+        self.boxes = boxes
+        self._more = {"label": labels, "boxes": boxes, "original_size": original_sizes}
+        for name, values in self._more.items():
+            if values is not None and len(values) != len(paths):
+                raise ValueError(f"{len(paths)} pictures but {len(values)} of {name}")
+        self._various = size is None
+        shape = (-1, -1) if size is None else (size, size) if isinstance(size, int) else size
+        self.sample_shape = (3, *shape)
+        self._squeezed = size if isinstance(size, int) else None
+        self._decode = decode
+        self._kept: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -195,25 +229,59 @@ class PictureFileDataset(BatchDataset):
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
         """The batch of these pictures: ``image`` uint8 [B, 3, H, W], ``index`` [B], ``path``.
 
+        Also ``label``, ``boxes`` and ``original_size``, where the set has them. Pictures of various
+        sizes are padded with 0 at the right and the bottom, and ``size`` is the list of their
+        (height, width).
+
         Raises:
             RuntimeError: a file cannot be read or has another size; names up to five of them.
         """
         index = torch.as_tensor(indices, dtype=torch.int64)
-        paths = [self.paths[i] for i in index.tolist()]
+        places = index.tolist()
+        kept = self._kept
+        images = self._read(places, "a batch") if kept is None else [kept[i] for i in places]
+        batch: dict[str, Any] = {"index": index, "path": [str(self.paths[i]) for i in places]}
+        if self._various:
+            sizes = [(image.shape[1], image.shape[2]) for image in images]
+            height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
+            images = [
+                torch.nn.functional.pad(image, (0, width - w, 0, height - h))
+                for image, (h, w) in zip(images, sizes, strict=True)
+            ]
+            batch["size"] = sizes
+        batch["image"] = torch.stack(images)
+        more = {name: values for name, values in self._more.items() if values is not None}
+        return {**batch, **{name: values.index_select(0, index) for name, values in more.items()}}
+
+    def keep(self, name: str) -> None:
+        """Decodes everything once, with a progress bar, and keeps it as bytes in memory.
+
+        Args:
+            name: what the progress bar and an error call the set.
+
+        Raises:
+            RuntimeError: some files cannot be read; names up to five of them.
+        """
+        if self._kept is None:
+            self._kept = self._read(range(len(self)), name, progress=f"decoding {name}")
+
+    def _read(self, places: Sequence[int], name: str, progress: str | None = None) -> list[Tensor]:
+        paths = [Path(self.paths[i]) for i in places]
         # Not written into one tensor: made in a test it is an inference tensor, while the threads
         # are not in inference mode.
         images = [torch.empty(0)] * len(paths)
 
         def decode(position: int) -> None:
-            pixels = decode_picture(paths[position], self.image_size)
-            if pixels.shape != self.sample_shape:
+            path = paths[position]
+            pixels = self._decode(path) if self._decode else decode_picture(path, self._squeezed)
+            if not self._various and pixels.shape != self.sample_shape:
                 raise ValueError(
                     f"shape {list(pixels.shape)} where others have {list(self.sample_shape)}"
                 )
             images[position] = pixels
 
-        visit_files(decode, paths, "a batch")
-        return {"image": torch.stack(images), "index": index, "path": [str(path) for path in paths]}
+        visit_files(decode, paths, name, progress)
+        return images
 
 
 class FeatureDataset(BatchDataset):

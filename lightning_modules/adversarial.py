@@ -16,28 +16,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import SyncBatchNorm
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_modules.nn.statistics import average_over_ranks
 from lightning_modules.paper import PaperModule
 
 Minimize = Callable[..., Tensor]
-
-
-class _EqualStatistics(Callback):
-    # Lightning runs a module's own hook after all callbacks, but the callbacks a module brings before
-    # those that write checkpoints.
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        assert isinstance(pl_module, AdversarialModule)
-        pl_module._average_batch_norm_statistics()
 
 
 class AdversarialModule(PaperModule):
@@ -51,8 +40,7 @@ class AdversarialModule(PaperModule):
             minimize(adversarial=...)
 
     One update toggles exactly the parameters of the named optimizers, zeroes their gradients, sums the
-    losses, runs one backward, clips (``gradient_clip``) and steps. The losses are logged as ``train/NAME``, averaged
-    over the ranks, and kept in :attr:`losses` until the next batch.
+    losses, runs one backward, clips (``gradient_clip``) and steps. The losses are kept in :attr:`losses` and logged.
 
     ``trainer.global_step`` counts *batches*: only the first optimizer step of a batch is counted, so ``max_steps``,
     checkpoint intervals and the logged axis mean what they mean with one optimizer. A batch without any update is not
@@ -69,7 +57,6 @@ class AdversarialModule(PaperModule):
         super().__init__()
         self.automatic_optimization = False
         self.optimizer_names: list[str] = []
-        self.losses: dict[str, Tensor] = {}
         self._updating: tuple[str, ...] = ()
         self._batch_is_counted = False
 
@@ -173,10 +160,6 @@ class AdversarialModule(PaperModule):
         self.optimizer_names = list(optimizers)
         return list(optimizers.values()), self.build_schedulers(optimizers)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """Makes running statistics equal after each batch, before any checkpoint callback can save them."""
-        return [_EqualStatistics()]
-
     def on_fit_start(self) -> None:
         """Checks that the strategy can carry several backwards a batch.
 
@@ -200,9 +183,8 @@ class AdversarialModule(PaperModule):
                 )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keys the randomness and forgets the losses of the last batch."""
+        """Keys the randomness; no step of the coming batch is counted yet."""
         super().on_train_batch_start(batch, batch_idx)
-        self.losses = {}
         self._batch_is_counted = False
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -212,10 +194,6 @@ class AdversarialModule(PaperModule):
                 optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm"
             )
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the losses."""
-        self.log_mean_over_ranks({f"train/{name}": loss for name, loss in self.losses.items()})
-
     def on_train_epoch_end(self) -> None:
         """Steps the epoch schedulers, which manual optimisation leaves to us."""
         schedulers = self.lr_schedulers()
@@ -223,17 +201,3 @@ class AdversarialModule(PaperModule):
             return
         for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
             scheduler.step()  # type: ignore[call-arg]
-
-    def _average_batch_norm_statistics(self) -> None:
-        # DDP broadcasts buffers only before the first batch under manual optimisation. The mean over the
-        # ranks is also the better estimate: it has seen the whole global batch.
-        average_over_ranks(
-            self.trainer,
-            (
-                buffer
-                for module in self.modules()
-                if isinstance(module, _BatchNorm) and module.training
-                for buffer in (module.running_mean, module.running_var)
-                if buffer is not None
-            ),
-        )

@@ -3,11 +3,21 @@
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_modules.nn.ema import AveragedNetwork
+from lightning_modules.nn.statistics import average_over_ranks
 from lightning_modules.randomness import global_seed, keyed_generator, mix
+
+
+class _EqualStatistics(Callback):
+    # Lightning runs a module's own hook after all callbacks, but the callbacks a module brings before
+    # those that write checkpoints.
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, PaperModule)
+        pl_module._average_batch_norm_statistics()
 
 
 class PaperModule(LightningModule):
@@ -23,11 +33,25 @@ class PaperModule(LightningModule):
 
     _draw_position: tuple[int, int] = (0, 0)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: dict[str, Tensor] = {}
+        """Losses of the current batch by name, without gradient; logged as ``train/NAME``, averaged over the ranks."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Makes running statistics equal after each batch, before any checkpoint callback can save them."""
+        return [_EqualStatistics()]
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keys the randomness of the coming batch."""
+        """Keys the randomness of the coming batch and forgets the losses of the last one."""
+        self.losses = {}
         epoch = self.trainer.current_epoch
         torch.manual_seed(mix(global_seed(), "step", epoch, batch_idx, self.global_rank))
         self._draw_position = (epoch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the losses."""
+        self.log_mean_over_ranks({f"train/{name}": loss for name, loss in self.losses.items()})
 
     def draw(
         self, purpose: str, kind: Literal["normal", "uniform"], rows: int, *shape: int
@@ -122,6 +146,20 @@ class PaperModule(LightningModule):
             torch.distributed.all_gather_object(gathered, mine)
         keys = next(part.keys() for part in gathered if part)
         return {key: torch.cat([part[key] for part in gathered if part]) for key in keys}
+
+    def _average_batch_norm_statistics(self) -> None:
+        # DDP broadcasts the buffers of rank 0, and under manual optimisation before the first batch only. The mean over
+        # the ranks is also the better estimate: it has seen the whole global batch.
+        average_over_ranks(
+            self.trainer,
+            (
+                buffer
+                for module in self.modules()
+                if isinstance(module, _BatchNorm) and module.training
+                for buffer in (module.running_mean, module.running_var)
+                if buffer is not None
+            ),
+        )
 
     @property
     def batches_done(self) -> int:

@@ -4,7 +4,6 @@ Values of different embeddings cannot be compared, so each says in ``description
 it beside the results. :func:`feature_extractor` gives one by name.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -18,6 +17,14 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 from torchvision.models import get_model, get_model_weights
 from torchvision.transforms.functional import normalize
+
+from lightning_modules.nn.pretrained import (
+    local_path,
+    missing_weights,
+    read_weights,
+    weights_file,
+    wrong_weights,
+)
 
 Init = Literal["orthogonal", "kaiming"]
 VGG16Layer = Literal["fc2_relu", "fc2", "fc1_relu"]
@@ -233,7 +240,7 @@ class TorchvisionFeatures(FeatureExtractor):
         linear = [path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
         if not linear:
             raise ValueError(f"{name} has no linear layer, whose input would be the features")
-        file = _weights_file(name, weights, weights_path, download)
+        file = weights_file(name, weights, weights_path, download)
         _load(network, name, file)
         parent, _, child = linear[-1].rpartition(".")
         num_features = int(network.get_submodule(linear[-1]).in_features)  # type: ignore[arg-type]
@@ -307,14 +314,14 @@ class InceptionFeatures(FeatureExtractor):
             raise RuntimeError(
                 "inception features need the package torch-fidelity: pip install torch-fidelity"
             )
-        file = _weights_path(INCEPTION_URL, weights_path)
+        file = local_path(INCEPTION_URL, weights_path)
         if not file.is_file():
-            raise FileNotFoundError(_missing("inception", INCEPTION_URL, file))
+            raise FileNotFoundError(missing_weights("inception", INCEPTION_URL, file))
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))
         except Exception as error:
-            raise RuntimeError(_wrong("inception", file, error)) from error
+            raise RuntimeError(wrong_weights("inception", file, error)) from error
         super().__init__(
             network,
             2048,
@@ -388,49 +395,10 @@ def _architecture(name: str, size: int) -> nn.Module:
         return get_model(name, **options)
 
 
-def _weights_path(url: str, weights_path: str | None) -> Path:
-    if weights_path is not None:
-        return Path(weights_path).expanduser()
-    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-
-
-def _weights_file(name: str, weights: Any, weights_path: str | None, download: bool) -> Path:
-    """The file of a torchvision classifier's weights, after a download if that is allowed."""
-    file = _weights_path(weights.url, weights_path)
-    if file.is_file():
-        return file
-    if weights_path is not None or not download:
-        allow = "" if weights_path is not None else ", or give --model.download true"
-        raise FileNotFoundError(_missing(name, weights.url, file) + allow)
-    try:
-        weights.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:
-        raise RuntimeError(
-            f"the weights of {name} could not be downloaded from {weights.url} ({error}); bring "
-            "the file by other means and give --model.weights_path FILE"
-        ) from error
-    return file
-
-
-def _missing(name: str, url: str, file: Path) -> str:
-    return (
-        f"the weights of {name} are not at {file}: get {url} and give --model.weights_path FILE "
-        f"or put it into {Path(torch.hub.get_dir(), 'checkpoints')}"
-    )
-
-
-def _wrong(name: str, file: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"{file} does not hold the weights of {name} (--model.weights_path): {reason}"
-
-
 def _load(network: nn.Module, name: str, file: Path) -> None:
+    state = read_weights(name, file)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if name.startswith("densenet"):  # its files have older names, norm.1 for norm1
-            old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
-            state = {old.sub(r"\1\2.", key): value for key, value in state.items()}
         # Assigned, not copied: a half-precision default type must not round the weights.
         network.load_state_dict(state, assign=True)
     except Exception as error:
-        raise RuntimeError(_wrong(name, file, error)) from error
+        raise RuntimeError(wrong_weights(name, file, error)) from error

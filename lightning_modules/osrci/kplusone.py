@@ -52,7 +52,7 @@ class KPlusOneClassifierModule(PaperModule):
         uniform = self.draw("open_set", "uniform", len(batch["image"]))
         unknown = images[(uniform * len(images)).long()]
         loss = kplusone_loss(self(batch["image"]), batch["label"], self(unknown))
-        self.log_mean_over_ranks({f"train/{name}": value for name, value in loss.items()})
+        self.losses = {name: value.detach() for name, value in loss.items()}
         return loss["total"]
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

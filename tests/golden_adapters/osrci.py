@@ -454,8 +454,6 @@ def joint_training_step(case: Case) -> Values:
 class _ScriptedKPlusOne(KPlusOneClassifierModule):
     """KPlusOneClassifierModule with SGD that takes the images of its open set in order."""
 
-    losses: dict[str, Tensor]
-
     def draw(self, purpose: str, kind: str, rows: int, *shape: int) -> Tensor:
         count = len(self.open_set)  # type: ignore[arg-type]
         return (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -463,9 +461,6 @@ class _ScriptedKPlusOne(KPlusOneClassifierModule):
     def configure_optimizers(self) -> Optimizer:
         hparams: Any = self.hparams
         return SGD(self.classifier.parameters(), hparams.lr)
-
-    def log_mean_over_ranks(self, values: dict[str, Tensor]) -> None:
-        self.losses = dict(values)
 
 
 def kplusone_training_step(case: Case) -> Values:
@@ -477,8 +472,8 @@ def kplusone_training_step(case: Case) -> Values:
     return {
         "Wc": classifier.weight,
         "bc": classifier.bias,
-        "closed": module.losses["train/closed"],
-        "open": module.losses["train/open"],
+        "closed": module.losses["closed"],
+        "open": module.losses["open"],
     }
 
 

@@ -78,6 +78,22 @@ ALL = [
         parity={"model.norm": "group"},
         batches=(2, 8),
     ),
+    Member(
+        "acol",
+        "configs/acol/shapes.yaml",
+        tiny={
+            "data.shapes_train": 48,
+            "data.shapes_val": 12,
+            "data.shapes_test": 12,
+            "data.batch_size": 16,
+            "model.width": 4,
+            "model.head_width": 8,
+            "model.epochs": 4,
+            "trainer.log_every_n_steps": 1,
+        },
+        parity={"model.norm": "group"},
+        batches=(2, 8),
+    ),
     Member("prdc", "configs/prdc/digits.yaml", tiny={"data.limit": 60}, trains=False),
 ]
 MEMBERS = [member for member in ALL if member.trains]

@@ -80,6 +80,58 @@ def test_one_class_argument(extra: list[str], expected: list[str], tmp_path: Pat
         assert part in line, line
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.delta", "1.2"], ["delta=1.2", "(0, 1)"]),
+        (["--model.backbone", "vgg17"], ["vgg17", "vgg16"]),
+        (["--model.recipe", "px"], ["px", "acol"]),
+        (["--model.num_classes", "3"], ["num_classes=3", "4 classes"]),
+        (
+            [
+                "--model.backbone",
+                "resnet18",
+                "--model.pretrained",
+                "true",
+                "--model.weights_path",
+                "no.pth",
+            ],
+            ["no.pth"],
+        ),
+        (["--data.shapes.colours", "[red]"], ["red"]),
+        (["--data.dataset", "cub200", "--data.root", "/nowhere"], ["/nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_localization_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (acol,) = (member for member in MEMBERS if member.name == "acol")
+    line = message(["fit", *acol.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
+def test_pictures_and_boxes_that_do_not_fit(tmp_path: Path) -> None:
+    for part in ("train", "validation"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (40, 40), (90 * i, 0, 0)).save(tmp_path / part / name / f"{i}.png")
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("validation/cat/0.png,1,2,30,30\nvalidation/cat/elephant.png,1,2,30,30\n")
+    command = ["fit", "-c", "configs/acol/folder.yaml", "--model.num_classes", "2"]
+    command += ["--model.backbone", "small", "--model.pretrained", "false"]
+    command += ["--data.root", str(tmp_path), "--data.num_workers", "0"]
+    line = message([*command, "--data.boxes", str(boxes)], tmp_path)
+    assert "elephant.png" in line
+    for part in ("train", "validation"):
+        for file in (tmp_path / part / "dog").iterdir():
+            file.unlink()
+        (tmp_path / part / "dog").rmdir()
+    line = message(command, tmp_path)
+    assert "cat" in line
+    assert "two" in line or "one class" in line or "2" in line
+
+
 def test_sets_that_cannot_be_compared(tmp_path: Path) -> None:
     """PRDC: each mistake is told before anything is embedded."""
     for name, rows, width in (("a", 9, 3), ("b", 9, 4), ("few", 4, 3), ("nan", 9, 3)):
