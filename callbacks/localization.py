@@ -23,6 +23,7 @@ COLUMNS = {
     "threshold@50": "best thr.",
     "box_acc@50": "at val thr.",
     "max_box_acc_v2": "V2",
+    "pxap": "PxAP",
     "top1_loc_error": "top-1 loc err",
     "top5_loc_error": "top-5 loc err",
     "gt_known_error": "GT-known err",

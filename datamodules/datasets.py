@@ -77,6 +77,8 @@ class ImageArrayDataset(BatchDataset):
         groups: int64 [N], what each image is a part of (the frame of a patch); batches then have
             ``group``.
         boxes: int64 [N, M, 4] in pixels, -1 for no box; batches then have ``boxes``.
+        masks: uint8 [N, H, W], 1 where the object is, 0 elsewhere, 255 where it does not matter; batches then have
+            ``mask``.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ImageArrayDataset(BatchDataset):
         paths: Sequence[str] | None = None,
         groups: Tensor | None = None,
         boxes: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
@@ -97,8 +100,9 @@ class ImageArrayDataset(BatchDataset):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         if groups is not None and len(groups) != len(images):
             raise ValueError(f"{len(images)} images but {len(groups)} groups")
-        if boxes is not None and len(boxes) != len(images):
-            raise ValueError(f"{len(images)} images but boxes for {len(boxes)}")
+        for name, truth in (("boxes", boxes), ("masks", masks)):
+            if truth is not None and len(truth) != len(images):
+                raise ValueError(f"{len(images)} images but {name} for {len(truth)}")
         self.images = images
         self.sample_shape = tuple(images.shape[1:])
         self.labels = labels
@@ -107,6 +111,7 @@ class ImageArrayDataset(BatchDataset):
         self.paths = None if paths is None else list(paths)
         self.groups = groups
         self.boxes = boxes
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,8 +132,9 @@ class ImageArrayDataset(BatchDataset):
             batch["path"] = [self.paths[i] for i in index.tolist()]
         if self.groups is not None:
             batch["group"] = self.groups.index_select(0, index)
-        if self.boxes is not None:
-            batch["boxes"] = self.boxes.index_select(0, index)
+        for name, truth in (("boxes", self.boxes), ("mask", self.masks)):
+            if truth is not None:
+                batch[name] = truth.index_select(0, index)
         return batch
 
     def subset(self, indices: Sequence[int] | Tensor) -> "ImageArrayDataset":
@@ -141,7 +147,7 @@ class ImageArrayDataset(BatchDataset):
             self.class_ids.index_select(0, index),
             None if self.paths is None else [self.paths[i] for i in index.tolist()],
             None if self.groups is None else self.groups.index_select(0, index),
-            None if self.boxes is None else self.boxes.index_select(0, index),
+            *(None if t is None else t.index_select(0, index) for t in (self.boxes, self.masks)),
         )
 
 

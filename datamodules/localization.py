@@ -45,8 +45,9 @@ class LocalizationDataModule(AdversariaDataModule):
     the whole set, rows that are no box -1. Boxes of files are scaled and truncated to whole pixels;
     those of ``shapes`` are the first and the last column and row of the object. An image without a
     box has only rows of -1 and plays no part in localization metrics; a set without any has no
-    ``boxes``. Pictures of ``predict_folder`` have label -1 and, unless ``eval_crop`` cuts them,
-    ``original_size`` int64 [B, 2], height and width of the file, by which boxes can be scaled back.
+    ``boxes``. Those of ``shapes`` have ``mask`` uint8 [B, S, S] as well. Pictures of
+    ``predict_folder`` have label -1 and, unless ``eval_crop`` cuts them, ``original_size`` int64
+    [B, 2], height and width of the file, by which boxes can be scaled back.
 
     Training pictures are resized to ``resize``, then cut at random places and mirrored, which is
     done on the device as a function of (seed, epoch, batch) alone.
@@ -302,12 +303,16 @@ class LocalizationDataModule(AdversariaDataModule):
         if not self._fits(len(scenes), self.image_size):
             return scenes
         pieces = [scenes.__getitems__(i) for i in torch.arange(len(scenes)).split(DRAWN_AT_ONCE)]
-        boxes = [piece["boxes"] for piece in pieces if "boxes" in piece]
+        truth = {
+            name: torch.cat([piece[name] for piece in pieces]) if name in pieces[0] else None
+            for name in ("boxes", "mask")
+        }
         return ImageArrayDataset(
             torch.cat([piece["image"] for piece in pieces]),
             torch.cat([piece["label"] for piece in pieces]),
             self.class_names,
-            boxes=torch.cat(boxes) if boxes else None,
+            boxes=truth["boxes"],
+            masks=truth["mask"],
         )
 
     def _open(self, part: str) -> BatchDataset:
@@ -389,21 +394,24 @@ class LocalizationDataModule(AdversariaDataModule):
 
 
 class LocalizedScenes(Scenes):
-    """Scenes whose ground truth are the boxes of those objects that are of the scene's class."""
+    """Scenes whose ground truth are the boxes and pixels of those objects that are of the scene's class."""
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
         """The batch of these scenes: ``image`` uint8 [B, 3, S, S], ``label`` and ``index`` [B].
 
-        With ground truth also ``boxes`` int64 [B, M, 4]; rows that are no box are -1 and last.
+        With ground truth also ``boxes`` int64 [B, M, 4]; rows that are no box are -1 and last; and ``mask`` uint8
+        [B, S, S], 1 where such an object is visible.
         """
         batch = super().__getitems__(indices)
         if not self.ground_truth:
             return batch
         others = batch["object_labels"] != batch["label"][:, None]
+        mask = (batch["object_masks"] & ~others[..., None, None]).any(1).byte()
         boxes = batch["boxes"].masked_fill(others[..., None], -1)
         order = (boxes[..., 0] < 0).int().argsort(dim=1, stable=True)
         boxes = boxes.gather(1, order[..., None].expand_as(boxes))
-        return {**{name: batch[name] for name in ("image", "label", "index")}, "boxes": boxes}
+        kept = {name: batch[name] for name in ("image", "label", "index")}
+        return {**kept, "boxes": boxes, "mask": mask}
 
 
 def _parts(stage: TrainerFn | str | None) -> tuple[str, ...]:

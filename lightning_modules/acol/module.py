@@ -30,7 +30,12 @@ from lightning_modules.acol.networks import (
     build_backbone,
 )
 from lightning_modules.metrics.boxes import boxes_from_map
-from lightning_modules.metrics.localization import LocalizationError, MaxBoxAcc, MaxBoxAccV2
+from lightning_modules.metrics.localization import (
+    LocalizationError,
+    MaxBoxAcc,
+    MaxBoxAccV2,
+    PxAP,
+)
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.norm import Norm
 from lightning_modules.paper import PaperModule
@@ -183,6 +188,7 @@ class ACoL(PaperModule):
             "val_boxes": MaxBoxAcc,
             "test_boxes": MaxBoxAcc,
             "test_boxes_v2": MaxBoxAccV2,
+            "test_pixels": PxAP,
             "test_errors": partial(LocalizationError, topk=sorted({1, min(5, num_classes)})),
         }
         for name, kind in kinds.items():
@@ -190,6 +196,7 @@ class ACoL(PaperModule):
         self.val_boxes: Any
         self.test_boxes: Any
         self.test_boxes_v2: Any
+        self.test_pixels: Any
         self.test_errors: Any
         self.curves: dict[str, Tensor] = {}
 
@@ -414,7 +421,7 @@ class ACoL(PaperModule):
     def on_validation_epoch_end(self) -> None:
         """Chooses the thresholds that turn maps into boxes (MaxBoxAcc at IoU 0.5)."""
         for position, (row, metric) in enumerate(self.val_boxes.items()):
-            if not self._seen(metric):
+            if not self._seen(metric.count):
                 continue
             values = metric.compute()
             metric.reset()
@@ -437,19 +444,20 @@ class ACoL(PaperModule):
         """Logs ``test/ROW/METRIC`` for every row; accuracies and errors of boxes in percent."""
         self.curves = {}
         for row in self.rows:
-            if not self._seen(self.test_boxes[row]):
+            if not self._seen(self.test_boxes[row].count):
                 continue
             values = self.test_boxes[row].compute() | self.test_boxes_v2[row].compute()
-            if self._seen(self.test_errors[row]):
+            if self._seen(self.test_errors[row].count):
                 values |= self.test_errors[row].compute()
+            if self._seen(self.test_pixels[row].positive):
+                values |= self.test_pixels[row].compute()
             self.curves[row] = values["curve@50"].cpu()
             scalars = {name: value.float() for name, value in values.items() if value.ndim == 0}
             self.log_dict({f"test/{row}/{name}": value for name, value in scalars.items()})
 
-    def _seen(self, metric: Any) -> bool:
-        """Whether any process has given the metric a sample; the same answer on all."""
-        counted = metric.count.clone()
-        reduced = self.trainer.strategy.reduce(counted.double(), reduce_op="sum")
+    def _seen(self, counts: Tensor) -> bool:
+        """Whether any process has counted something; the same answer on all."""
+        reduced = self.trainer.strategy.reduce(counts.sum().double(), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         return bool(reduced > 0)
 
@@ -481,6 +489,8 @@ class ACoL(PaperModule):
             if stage == "val":
                 continue
             self.test_boxes_v2[row].update(maps[:, 0], truth)
+            if "mask" in batch:
+                self.test_pixels[row].update(maps[:, 0], batch["mask"][chosen].cpu())
             if threshold is None:
                 continue
             # [B, 1 + top, 4]: the true class first, then the most probable ones.

@@ -60,6 +60,7 @@ def test_a_test_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "10 test images of 2 classes" in table
     metrics = trainer.callback_metrics
     for row in ("cam", "stage_a", "stage_b", "fused"):
+        assert 0 < metrics[f"test/{row}/pxap"] <= 100
         assert 0 <= metrics[f"test/{row}/box_acc@50"] <= metrics[f"test/{row}/max_box_acc"] <= 100
         known = 100 - metrics[f"test/{row}/gt_known_error"]
         assert float(known) == pytest.approx(float(metrics[f"test/{row}/box_acc@50"]), abs=1e-4)

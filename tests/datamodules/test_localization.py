@@ -123,6 +123,13 @@ def test_boxes_are_those_of_the_objects_of_the_class() -> None:
         ]
         several += len(wanted) > 1
         assert batch["boxes"][i].tolist() == wanted + [[-1] * 4] * (4 - len(wanted))
+        rows, columns = batch["mask"][i].nonzero(as_tuple=True)
+        corners = [columns.min(), rows.min(), columns.max(), rows.max()]
+        around = torch.tensor(wanted)
+        assert [int(c) for c in corners] == [
+            *around[:, :2].amin(0).tolist(),
+            *around[:, 2:].amax(0).tolist(),
+        ], "the pixels of those objects, and no others"
     assert several > 5
 
 
