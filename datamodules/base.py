@@ -22,10 +22,10 @@ def _whole_batch(batch: Any) -> Any:
 class AdversariaDataModule(LightningDataModule):
     """Loaders over images in memory, with the same batches for any number of processes.
 
-    Subclasses build datasets in ``setup`` and wrap them with :meth:`train_loader` and
-    :meth:`eval_loader`. The order of the training images and their augmentation are functions of
-    (global seed, epoch, batch), so a run that resumes in the middle of an epoch sees what it would
-    have seen.
+    Subclasses build ``train``, ``val``, ``test`` and, for ``predict_folder``, ``pictures`` in
+    ``setup``; or they wrap other datasets with :meth:`train_loader` and :meth:`eval_loader`. The
+    order of the training images and their augmentation are functions of (global seed, epoch,
+    batch), so a run that resumes in the middle of an epoch sees what it would have seen.
 
     A batch reaches the module as a dict of ``image`` (floating point [B, C, H, W] in [0, 1], in the
     module's dtype), ``label`` and ``index`` (int64 [B]).
@@ -44,6 +44,12 @@ class AdversariaDataModule(LightningDataModule):
     Raises:
         ValueError: a size below 1 or a negative number of workers.
     """
+
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    pictures: Any = None
+    predict_folder: str | None = None
 
     def __init__(
         self,
@@ -67,6 +73,27 @@ class AdversariaDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.horizontal_flip = horizontal_flip
         self.random_crop = random_crop
+
+    def train_dataloader(self) -> Any:
+        """Shuffled ``train``."""
+        assert self.train is not None, "setup('fit') comes first"
+        return self.train_loader(self.train)
+
+    def val_dataloader(self) -> Any:
+        """``val``, in order."""
+        assert self.val is not None, "setup('fit') comes first"
+        return self.eval_loader(self.val)
+
+    def test_dataloader(self) -> Any:
+        """``test``, in order."""
+        assert self.test is not None, "setup('test') comes first"
+        return self.eval_loader(self.test)
+
+    def predict_dataloader(self) -> Any:
+        """The pictures of ``predict_folder``, or ``test`` without one."""
+        pictures = self.test if self.predict_folder is None else self.pictures
+        assert pictures is not None, "setup('predict') comes first"
+        return self.eval_loader(pictures)
 
     def train_loader(self, dataset: BatchDataset) -> DataLoader:
         """Shuffled global batches, from where the trainer stands.

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datamodules.base import AdversariaDataModule
 from datamodules.boxes import Framing, framed_boxes
@@ -228,27 +227,6 @@ class LocalizationDataModule(AdversariaDataModule):
                 setattr(
                     self, part, self._draw(part) if self.dataset == "shapes" else self._open(part)
                 )
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training images with their labels."""
-        assert self.train is not None, "setup('fit') comes first"
-        return self.train_loader(self.train)
-
-    def val_dataloader(self) -> DataLoader:
-        """The images on whose boxes thresholds are chosen."""
-        assert self.val is not None, "setup('fit') comes first"
-        return self.eval_loader(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        """The images to test on."""
-        assert self.test is not None, "setup('test') comes first"
-        return self.eval_loader(self.test)
-
-    def predict_dataloader(self) -> DataLoader:
-        """The pictures of ``predict_folder``, or the test images without one."""
-        pictures = self.test if self.predict_folder is None else self.pictures
-        assert pictures is not None, "setup('predict') comes first"
-        return self.eval_loader(pictures)
 
     def state_dict(self) -> dict[str, Any]:
         """The classes, for the checkpoint."""

@@ -7,7 +7,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
@@ -184,27 +183,6 @@ class OpenSetDataModule(AdversariaDataModule):
             self._read_training_half()
         if stage in ("test", "predict", None) and self.test is None:
             self._read_test_half()
-
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled training images of the known classes."""
-        assert self.train is not None, "setup('fit') comes first"
-        return self.train_loader(self.train)
-
-    def val_dataloader(self) -> DataLoader:
-        """Held-out training images of the known classes."""
-        assert self.val is not None, "setup('fit') comes first"
-        return self.eval_loader(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        """All test images, known and unknown."""
-        assert self.test is not None, "setup('test') comes first"
-        return self.eval_loader(self.test)
-
-    def predict_dataloader(self) -> DataLoader:
-        """The pictures of ``predict_folder``, or the test images without one."""
-        pictures = self.test if self.predict_folder is None else self.pictures
-        assert pictures is not None, "setup('predict') comes first"
-        return self.eval_loader(pictures)
 
     def state_dict(self) -> dict[str, Any]:
         """The split, for the checkpoint."""
