@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 from callbacks.media import labelled_grid, log_images, run_directory
 from callbacks.report import Histogram, require, score_histograms, write_table
 from lightning_modules.metrics.anomaly import anomaly_metrics, auc_interval
+from lightning_modules.nn.statistics import gather_over_ranks
 
 COLUMNS = {
     "auc": "AUC",
@@ -173,10 +174,7 @@ class AnomalySheet(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the samples of all ranks and draws them."""
         module: Any = pl_module
-        parts = [self._rows]
-        if trainer.world_size > 1:
-            parts = [[]] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._rows)
+        parts = gather_over_ranks(trainer, self._rows)
         rows = _most_anomalous([row for part in parts for row in part], self.count)
         if not rows:
             return

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from callbacks.checkpoint import find_checkpoint_callback
 from callbacks.media import labelled_grid, log_images, log_table, run_directory
+from lightning_modules.nn.statistics import gather_over_ranks
 
 Pools = dict[str, dict[str, torch.Tensor]]
 
@@ -85,10 +86,7 @@ class CounterfactualSynthesis(Callback):
             done = chunks[turn * trainer.world_size : (turn + 1) * trainer.world_size]
             bar.update(sum(len(chunk) for chunk in done))
         bar.close()
-        if trainer.world_size > 1:
-            gathered: list[list[tuple[int, Pools]]] = [[]] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, made)
-            made = [item for part in gathered for item in part]
+        made = [item for part in gather_over_ranks(trainer, made) for item in part]
         ordered = [pools for _, pools in sorted(made, key=lambda item: item[0])]
         pools = {
             pool: {

@@ -16,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, save_image
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
 from callbacks.report import require, write_table
 from lightning_modules.nn.maps import normalize_map, upsample_map
+from lightning_modules.nn.statistics import gather_over_ranks
 
 COLUMNS = {
     "accuracy": "accuracy",
@@ -241,10 +242,7 @@ class LocalizationOverlays(Callback):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the boxes and writes them."""
-        parts = [self._found]
-        if trainer.world_size > 1:
-            parts = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._found)
+        parts = gather_over_ranks(trainer, self._found)
         if not trainer.is_global_zero:
             return
         merged = {index: entry for part in parts for index, entry in part.items()}

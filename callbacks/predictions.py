@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from callbacks.media import run_directory
+from lightning_modules.nn.statistics import gather_over_ranks
 
 Row = dict[str, Any]
 
@@ -66,10 +66,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the rows and writes them."""
-        parts = [self._rows]
-        if trainer.world_size > 1:
-            parts = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._rows)
+        parts = gather_over_ranks(trainer, self._rows)
         self._rows = {}
         if not trainer.is_global_zero:
             return

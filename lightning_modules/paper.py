@@ -1,6 +1,6 @@
 """PaperModule: what every module of the collection has in common, however it is optimised."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -8,8 +8,23 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_modules.nn.ema import AveragedNetwork
-from lightning_modules.nn.statistics import average_over_ranks
+from lightning_modules.nn.statistics import average_over_ranks, gather_over_ranks
 from lightning_modules.randomness import global_seed, keyed_generator, mix
+
+
+class ImageBank(Protocol):
+    """A training set that hands out any of its images."""
+
+    def __len__(self) -> int: ...
+
+    def batch(
+        self,
+        indices: Tensor,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        """``image`` [B, C, H, W] in [0, 1] of the samples at ``indices`` [B], not augmented."""
+        ...
 
 
 class _EqualStatistics(Callback):
@@ -37,6 +52,11 @@ class PaperModule(LightningModule):
         super().__init__()
         self.losses: dict[str, Tensor] = {}
         """Losses of the current batch by name, without gradient; logged as ``train/NAME``, averaged over the ranks."""
+
+    @property
+    def hp(self) -> Any:
+        """The constructor arguments."""
+        return self.hparams
 
     def configure_callbacks(self) -> list[Callback]:
         """Makes running statistics equal after each batch, before any checkpoint callback can save them."""
@@ -120,6 +140,11 @@ class PaperModule(LightningModule):
             if head.endswith("_ema") and not hasattr(self, head):
                 self.register_ema(head.removesuffix("_ema"))
 
+    def training_bank(self) -> ImageBank:
+        """The training set behind the train dataloader."""
+        loader: Any = self.trainer.train_dataloader
+        return loader.dataset
+
     def log_mean_over_ranks(self, values: dict[str, Tensor]) -> None:
         """Logs scalars at the batches the trainer logs at, averaged over the ranks in a single reduction."""
         trainer: Any = self.trainer
@@ -142,10 +167,7 @@ class PaperModule(LightningModule):
             Columns [N] on the CPU, the same on every rank.
         """
         mine = {key: torch.cat([row[key] for row in rows]).cpu() for key in rows[0]} if rows else {}
-        gathered: list[dict[str, Tensor]] = [mine]
-        if self.trainer.world_size > 1:
-            gathered = [{}] * self.trainer.world_size
-            torch.distributed.all_gather_object(gathered, mine)
+        gathered = gather_over_ranks(self.trainer, mine)
         keys = next(part.keys() for part in gathered if part)
         return {key: torch.cat([part[key] for part in gathered if part]) for key in keys}
 

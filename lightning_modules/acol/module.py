@@ -228,11 +228,6 @@ class ACoL(PaperModule):
             )
 
     @property
-    def hp(self) -> Any:
-        """The constructor arguments."""
-        return self.hparams
-
-    @property
     def total_epochs(self) -> int:
         """Length of the training."""
         return self.hp.epochs

@@ -1,10 +1,21 @@
-"""Statistics of networks that several processes train together."""
+"""What several processes have in common: statistics of the networks they train, and what each of them found."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+Found = TypeVar("Found")
+
+
+def gather_over_ranks(trainer: Trainer, found: Found) -> list[Found]:
+    """What every rank has found, in the order of the ranks, on all of them; anything that can be pickled."""
+    gathered = [found] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(gathered, found)
+    return gathered
 
 
 @torch.no_grad()

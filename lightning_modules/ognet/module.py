@@ -38,10 +38,10 @@ from lightning_modules.ognet.networks import (
 from lightning_modules.ognet.phase_two import (
     Pairing,
     Reconstructor,
-    TrainingImages,
     draw_pairs,
     phase_two_terms,
 )
+from lightning_modules.paper import ImageBank
 
 ROWS = {
     "reconstruction": "reconstruction error",
@@ -85,7 +85,7 @@ class OGNet(AdversarialModule):
         ValueError: for an impossible argument.
     """
 
-    bar_terms = ("recon", "good_recon", "bad_pseudo")
+    bar_terms = ("recon", "adversarial", "phase_two")
 
     def __init__(
         self,
@@ -156,11 +156,6 @@ class OGNet(AdversarialModule):
         if hp.decision_score not in ROWS:
             raise ValueError(f"decision_score {hp.decision_score!r} is none of {', '.join(ROWS)}")
 
-    @property
-    def hp(self) -> Any:
-        """The constructor arguments."""
-        return self.hparams
-
     # ------------------------------------------------------------------ schedule
     @property
     def total_epochs(self) -> int:
@@ -210,21 +205,25 @@ class OGNet(AdversarialModule):
         if hp.d_forward == "recompute":
             recon = self.generator(noisy)
             with self.update("discriminator") as minimize:
-                minimize(**self._discriminator_terms(recon.detach(), x))
+                of_d = self._discriminator_loss(recon.detach(), x)
+                minimize(discriminator=of_d["total"])
             with self.update("generator") as minimize:
-                minimize(
-                    **self._generator_terms(self._opinion(self.discriminator, recon), recon, x)
+                of_g = self._generator_loss(self._opinion(self.discriminator, recon), recon, x)
+                minimize(generator=of_g["total"])
+        else:
+            with self.update("discriminator", "generator") as minimize:
+                recon = self.generator(noisy)
+                of_d = self._discriminator_loss(recon.detach(), x)
+                # G's term must leave no gradient in D, whose parameters are being differentiated, too.
+                fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+                logits = self._opinion(
+                    lambda images: functional_call(self.discriminator, fixed, (images,)), recon
                 )
-            return
-        with self.update("discriminator", "generator") as minimize:
-            recon = self.generator(noisy)
-            terms = self._discriminator_terms(recon.detach(), x)
-            # G's term must leave no gradient in D, whose parameters are being differentiated, too.
-            fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-            logits = self._opinion(
-                lambda images: functional_call(self.discriminator, fixed, (images,)), recon
-            )
-            minimize(**terms, **self._generator_terms(logits, recon, x))
+                of_g = self._generator_loss(logits, recon, x)
+                minimize(discriminator=of_d["total"], generator=of_g["total"])
+        parts = {"d_fake": of_d["fake"], "d_real": of_d["real"]}
+        parts |= {"recon": of_g["recon"], "adversarial": of_g["adversarial"]}
+        self.losses |= {name: part.detach() for name, part in parts.items()}
 
     def _opinion(self, discriminator: Any, recon: Tensor) -> Tensor:
         """Logits for G's update."""
@@ -233,18 +232,12 @@ class OGNet(AdversarialModule):
         with frozen_statistics(self.discriminator):
             return discriminator(recon)
 
-    def _discriminator_terms(self, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
+    def _discriminator_loss(self, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
         # Reconstructions first: the running statistics of batch norm depend on the order (released code).
-        terms = discriminator_loss(self.discriminator(recon), self.discriminator(x))
-        return {"d_fake": 0.5 * terms["fake"], "d_real": 0.5 * terms["real"]}
+        return discriminator_loss(self.discriminator(recon), self.discriminator(x))
 
-    def _generator_terms(self, logits: Tensor, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
-        hp = self.hp
-        terms = generator_loss(logits, recon, x)
-        return {
-            "recon": hp.recon_weight * terms["recon"],
-            "adversarial": hp.adversarial_weight * terms["adversarial"],
-        }
+    def _generator_loss(self, logits: Tensor, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
+        return generator_loss(logits, recon, x, self.hp.adversarial_weight, self.hp.recon_weight)
 
     def phase_two_step(self, x: Tensor, index: Tensor) -> None:
         """One update of the tuned discriminator on images [B, C, H, W] in [-1, 1] with their places [B] in the set."""
@@ -262,14 +255,10 @@ class OGNet(AdversarialModule):
         batch = self._reconstructor.batch(index.cpu(), a[mine], b[mine], real=x)
         with self.update("tuned_discriminator") as minimize:
             terms = phase_two_terms(self.tuned_discriminator, batch, hp.alpha, hp.beta)
-            minimize(
-                good_real=hp.alpha * terms["real"],
-                good_recon=(1 - hp.alpha) * terms["recon"],
-                bad_old=hp.beta * terms["old"],
-                bad_pseudo=(1 - hp.beta) * terms["pseudo"],
-            )
+            minimize(phase_two=terms.pop("total"))
+        self.losses |= {f"two_{name}": part.detach() for name, part in terms.items()}
 
-    def reconstructor(self, bank: TrainingImages) -> Reconstructor:
+    def reconstructor(self, bank: ImageBank) -> Reconstructor:
         """Makes phase-two batches of a training set with the generators as they are."""
         dtype: Any = self.dtype
         return Reconstructor(
@@ -280,9 +269,7 @@ class OGNet(AdversarialModule):
             self.hp.precompute_reconstructions,
         )
 
-    def tuned_copy(
-        self, bank: TrainingImages, batch_size: int, *keys: int | str
-    ) -> torch.nn.Module:
+    def tuned_copy(self, bank: ImageBank, batch_size: int, *keys: int | str) -> torch.nn.Module:
         """A discriminator as phase two would make it from here; nothing of the module changes.
 
         Args:
@@ -312,11 +299,6 @@ class OGNet(AdversarialModule):
                 terms["total"].backward()
             optimizer.step()
         return tuned.eval()
-
-    def training_bank(self) -> TrainingImages:
-        """The training set behind the train dataloader."""
-        loader: Any = self.trainer.train_dataloader
-        return loader.dataset
 
     def on_train_epoch_start(self) -> None:
         """Starts phase two from the discriminator of phase one, weights and running statistics."""

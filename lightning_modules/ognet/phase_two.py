@@ -1,7 +1,7 @@
 """Phase two of OGNet: reconstructions of three kinds, and the discriminator that learns to tell them apart."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +11,6 @@ from lightning_modules.ognet.losses import phase_two_loss, pseudo_anomaly_input
 from lightning_modules.randomness import keyed_generator
 
 Pairing = Literal["separate", "permute"]
-
-
-class TrainingImages(Protocol):
-    """A training set that hands out any of its images."""
-
-    def __len__(self) -> int: ...
-
-    def batch(
-        self,
-        indices: Tensor,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> dict[str, Any]:
-        """``image`` [B, C, H, W] in [0, 1] of the samples at ``indices`` [B], not augmented."""
-        ...
 
 
 class PhaseTwoBatch(NamedTuple):

@@ -46,11 +46,11 @@ from lightning_modules.osrci.losses import (
 from lightning_modules.osrci.networks import Classifier32, Discriminator32, Encoder32, Generator32
 from lightning_modules.osrci.openmax import OpenMax
 from lightning_modules.osrci.synthesis import (
-    ImageBank,
     OpenSetPool,
     interpolated_open_set,
     to_uint8,
 )
+from lightning_modules.paper import ImageBank
 from lightning_modules.randomness import global_seed, keyed_generator, mix
 
 
@@ -238,11 +238,6 @@ class OSRCIModule(AdversarialModule):
                 "stop_confidence belongs to variant='paper'; the released code makes every step"
             )
 
-    @property
-    def hp(self) -> Any:
-        """The constructor arguments."""
-        return self.hparams
-
     # ------------------------------------------------------------------ schedule
     @property
     def total_epochs(self) -> int:
@@ -402,11 +397,6 @@ class OSRCIModule(AdversarialModule):
         if self.hp.gopenmax and not self.gopenmax_openmax.fitted:
             logits, labels = self._training_logits(self.gopenmax_classifier, self.training_bank())
             self.gopenmax_openmax.fit(logits, labels)
-
-    def training_bank(self) -> ImageBank:
-        """The training set behind the train dataloader."""
-        loader: Any = self.trainer.train_dataloader
-        return loader.dataset
 
     def _batch(self, bank: ImageBank, indices: Tensor) -> dict[str, Any]:
         dtype: Any = self.dtype

@@ -1,7 +1,7 @@
 """The generated open set: where it is kept and how a chunk of it is made."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -9,21 +9,6 @@ from torch import Tensor, nn
 
 from lightning_modules.nn.modes import eval_mode
 from lightning_modules.osrci.counterfactual import interpolated_open_set_candidates
-
-
-class ImageBank(Protocol):
-    """What synthesis needs of a training set."""
-
-    def __len__(self) -> int: ...
-
-    def batch(
-        self,
-        indices: Tensor,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> dict[str, Any]:
-        """``image`` [B, C, H, W] in [0, 1] of the samples at ``indices`` [B], not augmented."""
-        ...
 
 
 class OpenSetPool(nn.Module):

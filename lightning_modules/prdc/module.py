@@ -112,11 +112,6 @@ class PRDCModule(PaperModule):
         self._embedded = True
 
     @property
-    def hp(self) -> Any:
-        """The constructor arguments."""
-        return self.hparams
-
-    @property
     def description(self) -> str:
         """The embedding, in words; what makes values comparable."""
         if not self._embedded:

@@ -257,10 +257,7 @@ def phase_one_steps(case: Case) -> Values:
     module = _train(case, phase_one_epochs=2, old_epoch=1, **options)
     generator, discriminator = module.generator, module.discriminator
     return {
-        "losses_d_g": [
-            [losses["d_fake"] + losses["d_real"], losses["recon"] + losses["adversarial"]]
-            for losses in module.record
-        ],
+        "losses_d_g": [[losses["discriminator"], losses["generator"]] for losses in module.record],
         "first_step_grads": module.gradients,
         "Wg": generator.weight,
         "bg": generator.bias,
@@ -287,7 +284,7 @@ def phase_two_steps(case: Case) -> Values:
     )
     batch = reconstructor.batch(torch.arange(rows), *pairs)
     return {
-        "losses": [sum(losses.values()) for losses in module.record],
+        "losses": [losses["phase_two"] for losses in module.record],
         "recon_old": batch.old,
         "recon": batch.recon,
         "pseudo": batch.pseudo,
