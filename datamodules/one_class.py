@@ -43,8 +43,9 @@ class OneClassDataModule(AdversariaDataModule):
     training clips, and batches have ``group`` (int64 [B]): the number of the frame.
 
     Protocols: the released demo of OGNet is ``normal: ["0"], outliers_per_class: 100`` of MNIST. For
-    Caltech-256: ``normal_count`` 1, 3 or 5, ``outlier_classes: [clutter]``, ``outlier_proportion:
-    0.5``, ``train_limit: 150``, and ``holdout_inliers: false`` to compare with published numbers.
+    Caltech-256, as recalled from the papers (not verified): ``normal_count`` 1, 3 or 5,
+    ``outlier_classes: [clutter]``, ``outlier_proportion: 0.5``, ``train_limit: 150``, and
+    ``holdout_inliers: false`` to compare with published numbers.
 
     Args:
         dataset: ``digits``, ``mnist``, ``fashion_mnist``, ``cifar10``, ``caltech256``, ``ped2``,
