@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.nn.gradient_penalty import SlopeNorm
+from lightning_modules.nn.gradient_penalty import gradient_penalty as slope_penalty
+
 Normalize = Literal["channel_group", "position"]
 ScoreKind = Literal["margin", "kplusone", "msp", "mls", "energy"]
 
@@ -104,13 +107,12 @@ def gradient_penalty(
     fake: Tensor,
     alpha: Tensor | None = None,
     weight: float = 10.0,
-    norm: Literal["channel", "sample"] = "channel",
+    norm: SlopeNorm = "channel",
     outputs: Literal["all", "first"] = "all",
 ) -> Tensor:
-    """Penalty on the discriminator's input gradient at random interpolates, differentiable again.
+    """Weighted penalty on the discriminator's input gradient at random interpolates.
 
-    Runs in float32 (float64 for float64 images) with autocast disabled: the second derivative of a
-    half-precision forward overflows.
+    Precision and differentiability: :func:`lightning_modules.nn.gradient_penalty.gradient_penalty`.
 
     Args:
         discriminator: maps images [B, C, H, W] to [B, K].
@@ -130,27 +132,14 @@ def gradient_penalty(
     Raises:
         ValueError: ``real`` and ``fake`` differ in shape, or an option is unknown.
     """
-    if real.shape != fake.shape:
-        raise ValueError(
-            f"real images {tuple(real.shape)} and fake images {tuple(fake.shape)} differ in shape"
-        )
-    if norm not in ("channel", "sample"):
-        raise ValueError(f"unknown norm={norm!r}; choose 'channel' or 'sample'")
     if outputs not in ("all", "first"):
         raise ValueError(f"unknown outputs={outputs!r}; choose 'all' or 'first'")
-    if real.dtype != torch.float64:
-        real, fake = real.float(), fake.float()
-    if alpha is None:
-        alpha = torch.rand(len(real), device=real.device, dtype=real.dtype)
-    share = alpha.to(real.dtype).view(-1, *[1] * (real.dim() - 1))
-    with torch.autocast(real.device.type, enabled=False):
-        interpolate = (share * real + (1 - share) * fake).detach().requires_grad_(True)
-        logits = discriminator(interpolate)
-        selected = logits if outputs == "all" else logits[:, 0]
-        (gradient,) = torch.autograd.grad(selected.sum(), interpolate, create_graph=True)
-        axes = 1 if norm == "channel" else tuple(range(1, gradient.dim()))
-        length = torch.linalg.vector_norm(gradient, dim=axes)
-        return weight * (length - 1).square().mean()
+
+    def selected(images: Tensor) -> Tensor:
+        logits = discriminator(images)
+        return logits if outputs == "all" else logits[:, :1]
+
+    return weight * slope_penalty(selected, real, fake, alpha, norm=norm)
 
 
 def discriminator_loss(
