@@ -101,8 +101,8 @@ class OPGAN(CycleGAN):
                 f"channels_b={hp.channels_b}"
             )
         # Checks its arguments before any training.
-        none = torch.zeros(0, draws_per_image(pair_sampling, pairs_per_scenario))
-        sample_patch_pairs(0, pair_sampling, pairs_per_scenario, grid=grid, draws=none)
+        draws = torch.zeros(1, draws_per_image(pair_sampling, pairs_per_scenario))
+        sample_patch_pairs(1, pair_sampling, pairs_per_scenario, grid=grid, draws=draws)
         for name in ("siamese",) if shared_siamese else ("siamese_ab", "siamese_ba"):
             network = SiameseNetwork(hp.channels_a, siamese_width, siamese_norm, attention_norm)
             self.add_module(name, network)
