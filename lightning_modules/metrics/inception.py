@@ -1,36 +1,7 @@
-"""Frechet distance and inception score from statistics that were computed elsewhere."""
+"""Inception score of class probabilities that were computed elsewhere."""
 
 import torch
 from torch import Tensor
-
-
-def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
-    """Squared Frechet distance between two Gaussians (Heusel et al., NeurIPS 2017), in float64.
-
-    Takes the root of the product by the eigenvalues of a symmetric matrix, so that singular covariances need no offset.
-
-    Args:
-        mu1: mean [D].
-        sigma1: covariance [D, D].
-        mu2: mean [D].
-        sigma2: covariance [D, D].
-
-    Returns:
-        Scalar, at least 0.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    d = len(mu1)
-    if not (mu1.shape == mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
-        shapes = ", ".join(str(tuple(value.shape)) for value in (mu1, sigma1, mu2, sigma2))
-        raise ValueError(f"means [D] and covariances [D, D] of one D are needed, got {shapes}")
-    mu1, sigma1, mu2, sigma2 = (value.double() for value in (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp_min(0).sqrt().sum()
-    spread = sigma1.trace() + sigma2.trace() - 2 * overlap
-    return ((mu1 - mu2).square().sum() + spread).clamp_min(0)
 
 
 def inception_score_from_probs(probs: Tensor, splits: int = 10) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,8 @@ from lightning_modules.matchgan.losses import match_loss
 from lightning_modules.matchgan.networks import MatchGANDiscriminator
 from lightning_modules.matchgan.pairs import match_pair_indices, match_targets
 from lightning_modules.matchgan.schedule import reference_class_sampler, step_kind
-from lightning_modules.metrics.inception import frechet_distance, inception_score_from_probs
+from lightning_modules.metrics.frechet import frechet_distance
+from lightning_modules.metrics.inception import inception_score_from_probs
 from lightning_modules.metrics.translation import gan_test_accuracy, gan_train_accuracy
 from lightning_modules.stargan.labels import one_hot
 from lightning_modules.stargan.losses import weighted

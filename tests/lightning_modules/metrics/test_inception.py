@@ -5,7 +5,8 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from lightning_modules.metrics.inception import frechet_distance, inception_score_from_probs
+from lightning_modules.metrics.frechet import frechet_distance
+from lightning_modules.metrics.inception import inception_score_from_probs
 
 
 def gaussian(n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
