@@ -81,7 +81,7 @@ def balanced_label_split(
     if odd:
         raise ValueError(f"partition has {odd}; it must be 0 (train), 1 (validation) or 2 (test)")
     if not n_labelled > 0:
-        raise ValueError(f"n_labelled={n_labelled} must be positive (--data.n_labelled)")
+        raise ValueError(f"n_labelled={n_labelled} must be positive (--data.labelled)")
     ids = label_ids((labels > 0).float(), label_space)
     ids = torch.where(partition == 0, ids, -1)
     of_class = [(ids == k).nonzero().flatten() for k in range(len(label_space))]
@@ -101,28 +101,6 @@ def balanced_label_split(
         unlabelled.nonzero().flatten() + 1,
         (partition == 2).nonzero().flatten() + 1,
     )
-
-
-def demand_groups(labelled_class: Tensor, class_names: Sequence[str], group_size: int) -> None:
-    """Checks that every class has the labelled images of one group (MatchGAN draws whole groups).
-
-    Args:
-        labelled_class: class of every labelled image [L].
-        class_names: of all K classes.
-        group_size: images of one class in a batch.
-
-    Raises:
-        ValueError: a class has fewer labelled images.
-    """
-    counts = torch.bincount(labelled_class, minlength=len(class_names)).tolist()
-    short = [f"{name} ({n})" for name, n in zip(class_names, counts, strict=True) if n < group_size]
-    if short:
-        listed = ", ".join(short[:5]) + (f" and {len(short) - 5} more" if len(short) > 5 else "")
-        raise ValueError(
-            f"{len(short)} of {len(counts)} classes have fewer than {group_size} labelled images, which a group "
-            f"needs: {listed}; label more images (--data.n_labelled), or take the labels that occur as the classes "
-            "(--data.label_source observed)"
-        )
 
 
 def identity_label_split(

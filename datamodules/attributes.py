@@ -127,8 +127,8 @@ class AttributeDataModule(AdversariaDataModule):
         split: of ``celeba``, see above.
         val_fraction: of the training images (of ``rafd``: people) held out for validation where there are no others; 0
             to train on all, as the released code does, and validate on the same.
-        labelled: how many training images keep their label: an integer is a number of images, a float a percentage
-            (``5.0``), null all. Equally many of each class as far as there are; of ``rafd`` a percentage of people. The
+        labelled: how many training images keep their label: a number of images (``200``), a percentage (``5%``), null
+            for all. Equally many of each class as far as there are; of ``rafd`` a percentage of people. The
             labelled images of a smaller number are among those of a larger one.
         unlabelled: train on the other images too, without labels.
         balanced: draw labelled images in blocks.
@@ -172,7 +172,7 @@ class AttributeDataModule(AdversariaDataModule):
         crop_size: int | None = None,
         split: str = "reference",
         val_fraction: float = VAL_FRACTION,
-        labelled: int | float | None = None,
+        labelled: int | str | None = None,
         unlabelled: bool = False,
         balanced: bool = False,
         n_groups: int = 4,
@@ -239,7 +239,7 @@ class AttributeDataModule(AdversariaDataModule):
             )
         if cache_limit < 0:
             raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
-        _demand_amount(labelled, dataset)
+        self._amount = _amount(labelled, dataset)
         block = n_groups * group_size
         if balanced and batch_size % block:
             raise ValueError(
@@ -253,8 +253,9 @@ class AttributeDataModule(AdversariaDataModule):
             horizontal_flip=not drawn if horizontal_flip is None else horizontal_flip,
         )
         # As a dict, since a checkpoint with an object of ours would not load with weights_only.
-        self.save_hyperparameters(ignore=["shapes"])
-        self.save_hyperparameters({"shapes": asdict(shapes)})
+        # Not for the logger, which has the module's arguments of the same names.
+        self.save_hyperparameters(ignore=["shapes"], logger=False)
+        self.save_hyperparameters({"shapes": asdict(shapes)}, logger=False)
         self.dataset = dataset
         self.split = split
         self.val_fraction = val_fraction
@@ -500,7 +501,7 @@ class AttributeDataModule(AdversariaDataModule):
             observed = self.label_source == "observed"
             self._space = self._observed(train) if observed else self._make_space()
             train.class_ids = label_ids(train.attributes, self._space)
-            labelled, unlabelled = self._divide(train, self.labelled)
+            labelled, unlabelled = self._divide(train, self._amount)
         if self.balanced:
             self._demand_groups(train, labelled)
         self._demand_variety(train.attributes[labelled])
@@ -572,13 +573,10 @@ class AttributeDataModule(AdversariaDataModule):
                 # People are rounded up, so that a little more than one less is enough.
                 percent = math.floor(1e4 * (count - 1) / people + 1) / 100
                 if min(self._counts(train, self._divide(train, percent)[0])) >= self.group_size:
-                    return f"the smallest percentage that works is --data.labelled {percent}"
+                    return f"the smallest percentage that works is --data.labelled {percent}%"
         fewest = sum(min(count, self.group_size - 1) for count in everything) + 1
         percent = math.ceil(1e4 * fewest / sum(everything)) / 100
-        return (
-            f"the fewest that work are --data.labelled {fewest} images, or {percent} percent (with a point: "
-            "a number without is a number of images)"
-        )
+        return f"the fewest that work are {fewest} images (--data.labelled {fewest}), or --data.labelled {percent}%"
 
     def _counts(self, train: AttributeDataset, places: Tensor) -> list[int]:
         assert train.class_ids is not None
@@ -665,7 +663,7 @@ class JointAttributeDataModule(AdversariaDataModule):
             num_workers,
             horizontal_flip=not drawn if horizontal_flip is None else horizontal_flip,
         )
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
         self.image_size = image_size
         self.image_channels = 3
         self.predict_folder = predict_folder
@@ -832,16 +830,27 @@ def _member(source: dict[str, Any], image_size: int) -> AttributeDataModule:
     return AttributeDataModule(**{**source, "shapes": scenes})
 
 
-def _demand_amount(labelled: int | float | None, dataset: str) -> None:
-    if isinstance(labelled, float) and not 0 < labelled <= 100:
-        raise ValueError(f"labelled={labelled} is a percentage; it must be above 0 and at most 100")
-    if isinstance(labelled, int) and labelled < 1:
-        raise ValueError(f"labelled={labelled} is a number of images; it must be at least 1")
-    if isinstance(labelled, int) and dataset == "rafd":
+def _amount(labelled: int | str | None, dataset: str) -> int | float | None:
+    """A number of images as an integer, a percentage as a float."""
+    wrong = ValueError(
+        f"labelled={labelled} must be a number of images, such as 200, or a percentage above 0 and at most 100, such "
+        "as 5%, or null for all"
+    )
+    if labelled is None:
+        return None
+    text = str(labelled)
+    try:
+        amount = float(text[:-1]) if text.endswith("%") else int(text)
+    except ValueError:
+        raise wrong from None
+    if amount <= 0 or (isinstance(amount, float) and not amount <= 100):
+        raise wrong
+    if isinstance(amount, int) and dataset == "rafd":
         raise ValueError(
-            f"labelled={labelled} is a number of images, but the pools of rafd are people; give a percentage, "
-            f"with a point: --data.labelled {min(labelled, 100)}.0"
+            f"labelled={labelled} is a number of images, but the pools of rafd are people; give a percentage of "
+            f"them, such as --data.labelled {min(amount, 100)}%"
         )
+    return amount
 
 
 def _demand_same(then: Sequence[str], now: Sequence[str]) -> None:

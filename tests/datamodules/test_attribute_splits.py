@@ -7,7 +7,6 @@ from torch import Tensor
 
 from datamodules.attribute_splits import (
     balanced_label_split,
-    demand_groups,
     identity_label_split,
     reference_celeba_split,
 )
@@ -73,18 +72,6 @@ def test_balanced_split_errors(change: dict, message: str) -> None:
     given = {"labels": SPACE[:3], "partition": [0, 0, 0], "n_labelled": 2, "label_space": SPACE}
     with pytest.raises(ValueError, match=message):
         balanced_label_split(**{**given, **change})
-
-
-def test_classes_without_a_group_are_named() -> None:
-    classes = torch.tensor([0] * 4 + [1] * 3 + [2] * 5)
-    demand_groups(classes, ["a", "b", "c"], 3)
-    with pytest.raises(
-        ValueError, match=r"2 of 4 classes .* b \(3\), d \(0\); label more"
-    ) as error:
-        demand_groups(classes, ["a", "b", "c", "d"], 4)
-    assert "--data.n_labelled" in str(error.value)
-    with pytest.raises(ValueError, match=r"e \(0\) and 3 more"):
-        demand_groups(classes[:0], list("abcdefgh"), 1)
 
 
 # ------------------------------------------------------------------ identities and CelebA
