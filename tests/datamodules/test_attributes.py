@@ -246,7 +246,7 @@ def test_labelled_images_alone() -> None:
     assert len(data.train_dataloader()) == len(places) // 16
 
 
-@pytest.mark.parametrize("labelled", [100.0, None])
+@pytest.mark.parametrize("labelled", ["100%", None])
 def test_without_unlabelled_images_there_is_no_such_pool(labelled: float | None) -> None:
     data = ready(**{**SEMI, "labelled": labelled})
     assert not data.has_unlabelled
@@ -257,11 +257,11 @@ def test_without_unlabelled_images_there_is_no_such_pool(labelled: float | None)
 
 def test_labelled_subsets_are_nested_and_balanced() -> None:
     found: list[set[int]] = []
-    for labelled in (12, 20.0, 100, 60.0):
+    for labelled in (12, "20%", 100, "60%"):
         data = ready(**{**SCENES, "labelled": labelled})
         found.append(set(part(data.labelled_places).tolist()))
         counts = torch.bincount(part(data.train).class_ids[list(found[-1])])
-        if labelled != 60.0:  # no class is used up
+        if labelled != "60%":  # no class is used up
             assert counts.min() == counts.max()
     assert [len(places) for places in found[:3]] == [12, 60, 108]
     assert found[0] < found[1] < found[2] < found[3]
