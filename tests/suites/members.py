@@ -51,6 +51,20 @@ TINY_TRANSLATION: dict[str, object] = {
     "trainer.log_every_n_steps": 1,
 }
 
+TINY_ATTRIBUTES: dict[str, object] = {
+    "data.batch_size": 32,
+    "data.shapes_train": 80,
+    "data.shapes_val": 8,
+    "data.shapes_test": 8,
+    "model.g_conv_dim": 2,
+    "model.g_repeat_num": 1,
+    "model.d_conv_dim": 2,
+    "model.total_steps": 12,
+    "model.decay_steps": 6,
+    "model.steps_per_epoch": 3,
+    "trainer.log_every_n_steps": 1,
+}
+
 ALL = [
     Member(
         "osrci",
@@ -124,6 +138,24 @@ ALL = [
         "tests/suites/quick_judges.yaml",
         tiny={**TINY_TRANSLATION, "model.pool_size": 5, "model.siamese_width": 2},
         parity={"model.norm": "group", "model.siamese_norm": "none"},
+        batches=(2, 8),
+    ),
+    Member(
+        "stargan",
+        "configs/stargan/shapes.yaml",
+        "tests/suites/quick_attributes.yaml",
+        tiny=TINY_ATTRIBUTES,
+        # Adam makes full steps of what is left of a gradient that is nearly 0.
+        parity={"model.g_lr": 1e-4, "model.n_critic": 5},
+        batches=(2, 8),
+    ),
+    Member(
+        "matchgan",
+        "configs/matchgan/shapes.yaml",
+        "tests/suites/quick_attributes.yaml",
+        # Two blocks: one for each of two processes.
+        tiny={**TINY_ATTRIBUTES, "data.labelled": "50%"},
+        parity={"model.g_lr": 1e-4, "model.n_critic": 5},
         batches=(2, 8),
     ),
     Member(

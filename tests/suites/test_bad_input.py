@@ -131,6 +131,72 @@ def test_translation_argument(extra: list[str], expected: list[str], tmp_path: P
         assert part in line, line
 
 
+def attributes(name: str, *extra: str) -> list[str]:
+    (member,) = (member for member in MEMBERS if member.name == name)
+    return ["fit", *member.arguments(), *extra]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "expected"),
+    [
+        ("stargan", ["--data.attributes", "[colour, bordr]"], ["bordr", "border"]),
+        ("stargan", ["--model.attributes", "[red, green, blue]"], ["bordered", "same order"]),
+        ("stargan", ["--model.exclusive", "[[red, green]]"], ["--model.exclusive", "blue"]),
+        ("stargan", ["--model.edits", "+purple"], ["purple", "red, green, blue, bordered"]),
+        ("stargan", ["--model.d_repeat_num", "6"], ["6 halvings", "--data.image_size"]),
+        ("stargan", ["--model.n_critic", "50"], ["n_critic=50", "never be updated"]),
+        ("stargan", ["--data.unlabelled", "true"], ["--data.unlabelled false"]),
+        ("stargan", ["--data.dataset", "celeba", "--data.root", "/nowhere"], ["/nowhere"]),
+        ("matchgan", ["--data.n_groups", "2"], ["n_groups=2", "at least 3"]),
+        ("matchgan", ["--model.n_groups", "2"], ["fewer than 3 labels", "--data.n_groups"]),
+        ("matchgan", ["--data.attributes", "[border]"], ["2 different labels", "n_groups=4"]),
+        ("matchgan", ["--data.labelled", "10%"], ["labelled=10%", "group_size=4", "red"]),
+        ("matchgan", ["--data.labelled", "five"], ["labelled=five", "5%"]),
+        ("matchgan", ["--data.balanced", "false"], ["--data.balanced true"]),
+        ("matchgan", ["--data.batch_size", "24"], ["batch_size=24", "--data.batch_size 16"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_attribute_argument(
+    name: str, extra: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    line = message(attributes(name, *extra), tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
+def test_a_folder_of_domains_one_level_off(tmp_path: Path) -> None:
+    """One class would train to the identity without complaint."""
+    for part in ("train", "test"):
+        for domain in ("summer", "winter"):
+            folder = tmp_path / "train" / "photos" / part / domain
+            folder.mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (40, 40)).save(folder / f"{i}.png")
+    command = ["fit", "-c", "configs/stargan/folder.yaml", "--data.num_workers", "0"]
+    right = tmp_path / "train" / "photos"
+    for root, expected in (
+        (tmp_path, ["photos", "one"]),
+        (right / "train", [str(right / "train"), "--data.root"]),
+    ):
+        line = message([*command, "--data.root", str(root)], tmp_path)
+        for part in expected:
+            assert part in line, line
+    line = message(
+        [*command, "--data.root", str(right), "--model.attributes", "[spring, winter]"], tmp_path
+    )
+    assert "summer" in line
+    assert "--model.attributes" in line
+
+
+def test_rules_that_are_no_errors(tmp_path: Path) -> None:
+    """An odd number of residual blocks keeps them all; a generator that never meets a label is warned of."""
+    run_test = ["--run.test", "false", "--run.root", str(tmp_path)]
+    extra = ["--model.g_repeat_num", "3", "--model.n_critic", "2", "--model.schedule", "reference"]
+    text = run([*attributes("matchgan", *extra), *run_test], tmp_path / "log.txt")
+    assert "nothing is reconstructed" in text
+
+
 def test_domains_that_do_not_fit(tmp_path: Path) -> None:
     """Each is told before anything is trained: an empty domain, grey beside colour, pictures below the crop."""
     parts = ("trainA", "trainB", "testA", "testB")
