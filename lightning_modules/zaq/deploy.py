@@ -208,6 +208,26 @@ class IntegerAddition(nn.Module):
         return (codes - self.zero_point) * self.scale
 
 
+class IntegerMean(nn.Module):
+    """The mean over all positions of an activation on a grid, the same in every order of summation.
+
+    A sum of codes is exact in float32, one of numbers is not, and means of few codes often lie right between two codes
+    of the quantizer that follows.
+    """
+
+    scale: Tensor
+
+    def __init__(self, source: IntegerActivation, keepdim: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", source.scale.clone())
+        self.keepdim = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, 1, 1], or to [B, C]."""
+        codes = torch.round(x / self.scale).sum((2, 3), keepdim=self.keepdim)
+        return codes * (self.scale / (x.shape[2] * x.shape[3]))
+
+
 INTEGER = (IntegerActivation, IntegerLayer, IntegerAddition)
 
 
@@ -244,6 +264,7 @@ def deploy(model: fx.GraphModule) -> fx.GraphModule:
     _drop_implied_relus(deployed)
     _replace_layers(deployed, norms)
     _replace_additions(deployed)
+    _replace_means(deployed)
     deployed.graph.lint()
     deployed.delete_all_unused_submodules()
     deployed.recompile()
@@ -324,6 +345,39 @@ def _replace_additions(graph_module: fx.GraphModule) -> None:
             addition = graph_module.graph.call_module(node.name, tuple(terms))
         node.replace_all_uses_with(addition)
         graph_module.graph.erase_node(node)
+
+
+def _replace_means(graph_module: fx.GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        keepdim = _keeps_dims_of_mean(graph_module, node)
+        if keepdim is None:
+            continue
+        source = cast(fx.Node, node.args[0])
+        grid = _activation(graph_module, source_of(graph_module, source))
+        if grid is None:
+            continue
+        name = f"{node.name}_of_codes"
+        graph_module.add_submodule(name, IntegerMean(grid, keepdim))
+        with graph_module.graph.inserting_after(node):
+            mean = graph_module.graph.call_module(name, (source,))
+        node.replace_all_uses_with(mean)
+        graph_module.graph.erase_node(node)
+
+
+def _keeps_dims_of_mean(graph_module: fx.GraphModule, node: fx.Node) -> bool | None:
+    """Of a mean over height and width whether it keeps them, None for any other node."""
+    if calls(graph_module, node, nn.AdaptiveAvgPool2d):
+        pool: Any = graph_module.get_submodule(str(node.target))
+        return True if pool.output_size in (1, (1, 1)) else None
+    arguments = [*node.args[1:], *node.kwargs.values()]
+    if calls(graph_module, node, (), {F.adaptive_avg_pool2d}):
+        return True if arguments in ([1], [(1, 1)]) else None
+    if not calls(graph_module, node, (), {torch.mean}, {"mean"}):
+        return None
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if not isinstance(dims, list | tuple) or sorted(cast(Any, dims)) not in ([2, 3], [-2, -1]):
+        return None
+    return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
 
 
 def _only_user(graph_module: fx.GraphModule, node: fx.Node) -> IntegerActivation | None:

@@ -1,5 +1,6 @@
 """ZAQ's quantizers, ranges, folding and attachment: from golden cases to lightning_modules.zaq."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.supervised.cifar import resnet20
-from lightning_modules.zaq.attach import forward_with_features, named_ranges, quantize_model
+from lightning_modules.zaq import ZAQ
+from lightning_modules.zaq.attach import named_ranges, quantize_model
 from lightning_modules.zaq.folding import fold_batchnorm, fold_batchnorm_into_scale
-from lightning_modules.zaq.generators import ZAQGenerator
-from lightning_modules.zaq.losses import zaq_generator_loss, zaq_student_loss
 from lightning_modules.zaq.observers import ActivationQuantizer, Observer
 from lightning_modules.zaq.quantizers import (
     QuantConv2d,
@@ -27,6 +27,7 @@ from lightning_modules.zaq.quantizers import (
     quantize,
 )
 from tests.golden_adapters.zaq_methods import load_reference_generator
+from tests.scripted import Rows, fit_one_epoch
 
 Case = dict[str, Any]
 Values = dict[str, Any]
@@ -222,35 +223,45 @@ class _TinyNet(nn.Module):
 
 
 def one_round(case: Case) -> Values:
+    """A batch of the module, with the latents of the case in the place of its own draws."""
     given = case["inputs"]
-    generator = ZAQGenerator(given["latent_dim"], given["ngf"], 3, given["img_size"])
-    load_reference_generator(generator, given)
-    network = _TinyNet(given).eval().requires_grad_(False)
-    taps = ["relu1", "relu2"]
-    student = quantize_model(network, 4, 4, taps=taps).train()
-    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    *student_latents, generator_latent = map(_tensor, given["z"])
-
-    def play(images: Tensor) -> list[Any]:
-        (logits_p, feats_p), (logits_q, feats_q) = (
-            forward_with_features(part, images, taps) for part in (network, student)
+    student_latents, generator_latent = given["z"][:-1], given["z"][-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = ZAQ(
+            num_classes=len(given["p.linear.weight"]),
+            network=_TinyNet(given),
+            image_size=given["img_size"],
+            latent_dim=given["latent_dim"],
+            ngf=given["ngf"],
+            taps=["relu1", "relu2"],
+            preset="released",
+            epochs=1,
+            iterations=1,
+            q_steps=len(student_latents),
         )
-        return [logits_p, logits_q, feats_p, feats_q]
+        generator: Any = module.generators["zaq_W4A4"]
+        load_reference_generator(generator, given)
+        latents = {f"latent student {k}": z for k, z in enumerate(student_latents)}
+        latents["latent generator"] = generator_latent
+        module.draw = lambda purpose, *args: _tensor(latents[purpose])  # type: ignore[method-assign]
+        module.setup = lambda stage: None  # type: ignore[method-assign]
+        losses: list[dict[str, Tensor]] = []
+        minimize = module._minimize
 
-    losses = []
-    for latent in student_latents:
-        terms = zaq_student_loss(*play(generator(latent).detach()), alpha=1, kind="scrm")
-        optimizer.zero_grad()
-        terms["total"].backward()
-        optimizer.step()
-        losses.append(terms["total"])
-    terms = zaq_generator_loss(*play(generator(generator_latent)), alpha=1, beta=0.1, kind="scrm")
-    terms["total"].backward()
-    state = student.state_dict()
-    ranges = named_ranges(student)
+        def noted(chosen: Any, terms: dict[str, Tensor]) -> Tensor:
+            losses.append(terms)
+            return minimize(chosen, terms)
+
+        module._minimize = noted  # type: ignore[method-assign, assignment]
+        rows = len(generator_latent)
+        fit_one_epoch(module, Rows(torch.zeros(rows, 1), torch.zeros(rows)), rows)
+    student: Any = module.students["zaq_W4A4"]
+    state, ranges = student.state_dict(), named_ranges(student)
+    totals = [torch.stack(list(terms.values())).sum() for terms in losses]
     return {
-        "loss_q": losses,
-        "loss_g": terms["total"],
+        "loss_q": totals[:-1],
+        "loss_g": totals[-1],
         "q_conv1_weight": state["conv1.weight"],
         "q_linear_weight": state["linear.weight"],
         "q_bn1_running_mean": state["bn1.running_mean"],

@@ -110,6 +110,30 @@ def test_localization_argument(extra: list[str], expected: list[str], tmp_path: 
         assert part in line, line
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.widths", '["W1A4"]'], ["W1A4", "from 2 to 8"]),
+        (["--model.widths", '["W4A9"]'], ["W4A9", "from 2 to 8"]),
+        (["--model.overrides", '{"0.1.conv": 8}'], ["0.1.conv", "it has: 0.0"]),
+        (["--model.taps", "[layer1]"], ["layer1", "no tap"]),
+        (["--model.norm", "group"], ["dfq, aciq, zeroq, gdfq", "batch norms"]),
+        (["--model.network", "googlenet", "--model.in_channels", "3"], ["--model.taps"]),
+        (["--model.teacher", "no.ckpt"], ["no.ckpt", "--model.teacher"]),
+        (["--model.num_classes", "12"], ["num_classes=12", "10 classes"]),
+        (["--data.image_size", "32"], ["image_size=16", "32", "--model.image_size"]),
+        (["--data.training_images", "false"], ["--model.teacher"]),
+        (["--data.dataset", "cifar10", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_quantization_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (zaq,) = (member for member in MEMBERS if member.name == "zaq")
+    line = message(["fit", *zaq.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
 def test_pictures_and_boxes_that_do_not_fit(tmp_path: Path) -> None:
     for part in ("train", "validation"):
         for name in ("cat", "dog"):

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from lightning_modules.zaq import export
 from lightning_modules.zaq.attach import calibrate, quantize_model
-from lightning_modules.zaq.deploy import IntegerAddition, IntegerLayer, deploy
+from lightning_modules.zaq.deploy import IntegerAddition, IntegerLayer, IntegerMean, deploy
 from lightning_modules.zaq.export import (
     demand_integer_kernels,
     export_onnx,
@@ -110,6 +110,31 @@ def test_activations_are_left_out_only_where_the_quantizer_implies_them(
     assert relative(deployed(images()), model(images())) < 0.01
     left = any(isinstance(part, type(activation)) for part in deployed.modules())
     assert left == (not isinstance(activation, nn.ReLU6))
+
+
+class Pooled(nn.Module):
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.pool, self.fc = nn.Conv2d(3, 4, 3, padding=1), pool, nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.conv(x).relu()).flatten(1))
+
+
+class SpatialMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), SpatialMean()])
+def test_means_of_codes_do_not_depend_on_the_order_of_summation(pool: nn.Module) -> None:
+    model = quantized(Pooled(pool), 8)
+    deployed = deploy(model)
+    (mean,) = (part for part in deployed.modules() if isinstance(part, IntegerMean))
+    assert relative(deployed(images()), model(images())) < 0.01
+    codes = torch.randint(256, (64, 4, 8, 8)).float()
+    first, second = (mean(mean.scale * c) for c in (codes, codes.flip(2, 3)))
+    assert torch.equal(first, second)
 
 
 def test_a_relu_stays_before_a_range_that_reaches_below_zero() -> None:
