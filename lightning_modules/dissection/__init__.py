@@ -1,0 +1,1 @@
+"""Network Dissection and Compositional Explanations: what the units of a network say."""
