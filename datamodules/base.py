@@ -28,7 +28,8 @@ class AdversariaDataModule(LightningDataModule):
     batch), so a run that resumes in the middle of an epoch sees what it would have seen.
 
     A batch reaches the module as a dict of ``image`` (floating point [B, C, H, W] in [0, 1], in the
-    module's dtype), ``label`` and ``index`` (int64 [B]).
+    module's dtype), ``label`` and ``index`` (int64 [B]). A batch may also hold several such dicts by
+    name, as ``a`` and ``b``; each is then cropped and mirrored by draws of its own.
 
     Args:
         batch_size: training batch over all processes together; it must be divisible by their
@@ -116,7 +117,7 @@ class AdversariaDataModule(LightningDataModule):
                 f"there is no complete batch; use --data.batch_size {len(dataset)} or less"
             )
         world, rank = self._processes()
-        sampler = ShardedSampler(dataset, self.batch_size, world, rank, batches=batches)
+        sampler = self.train_sampler(dataset, world, rank, batches)
         sampler.set_epoch(epoch)
         local_batch = self.batch_size // world
         if self.trainer is not None:
@@ -129,8 +130,18 @@ class AdversariaDataModule(LightningDataModule):
                 warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         return self._loader(dataset, local_batch, sampler)
 
-    def eval_loader(self, dataset: BatchDataset) -> DataLoader:
+    def train_sampler(
+        self, dataset: BatchDataset, world: int, rank: int, batches: int | None
+    ) -> ShardedSampler:
+        """Says which rows of ``dataset`` this process sees, and in which order."""
+        return ShardedSampler(dataset, self.batch_size, world, rank, batches=batches)
+
+    def eval_loader(self, dataset: BatchDataset, batch_size: int | None = None) -> DataLoader:
         """Each image once, in order, spread over the processes.
+
+        Args:
+            dataset: the images.
+            batch_size: of one process; None for ``eval_batch_size``.
 
         Raises:
             ValueError: there are fewer images than processes.
@@ -141,43 +152,54 @@ class AdversariaDataModule(LightningDataModule):
                 f"{len(dataset)} images cannot be spread over {world} processes; use "
                 f"--trainer.devices {max(len(dataset), 1)} or fewer"
             )
-        sampler = ShardedSampler(
-            dataset, self.eval_batch_size, world, rank, shuffle=False, drop_last=False
-        )
-        return self._loader(dataset, self.eval_batch_size, sampler)
+        batch_size = self.eval_batch_size if batch_size is None else batch_size
+        sampler = ShardedSampler(dataset, batch_size, world, rank, shuffle=False, drop_last=False)
+        return self._loader(dataset, batch_size, sampler)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turns bytes to floats in [0, 1] of the module's dtype; augments training batches."""
-        if (
-            not isinstance(batch, dict)
-            or "image" not in batch
-            or batch["image"].dtype != torch.uint8
-        ):
+        if not isinstance(batch, dict):
+            return batch
+        if "image" in batch:
+            return self._floats(batch, "")
+        return {
+            name: self._floats(part, f" {name}") if isinstance(part, dict) else part
+            for name, part in batch.items()
+        }
+
+    def _floats(self, batch: dict[str, Any], key: str) -> dict[str, Any]:
+        """A batch whose augmentation draws are those of ``key``."""
+        if "image" not in batch or batch["image"].dtype != torch.uint8:
             return batch
         trainer = self.trainer
         dtype = torch.float32 if trainer is None else trainer.lightning_module.dtype
         assert isinstance(dtype, torch.dtype)
         batch, images = dict(batch), batch["image"]
         training = trainer is not None and trainer.training
+        sizes = batch.pop("size", None) if training else None
         if self.random_crop is not None and training:
-            images = self._crop(images, self.random_crop, batch.pop("size", None))
+            images = self._crop(images, self.random_crop, sizes, key)
         images = unit_interval(images, dtype)
         if self.horizontal_flip and training:
-            images = self._flip(images)
+            images = self._flip(images, key)
+        if "counterpart" in batch:
+            batch["counterpart"] = unit_interval(batch["counterpart"], dtype)
         return {**batch, "image": images}
 
-    def _crop(self, images: Tensor, side: int, sizes: list[tuple[int, int]] | None) -> Tensor:
+    def _crop(
+        self, images: Tensor, side: int, sizes: list[tuple[int, int]] | None, key: str
+    ) -> Tensor:
         height, width = images.shape[-2:]
         sizes = sizes or [(height, width)] * len(images)
-        drawn = self._uniform("random crop", len(images), 2).tolist()
+        drawn = self._uniform(f"random crop{key}", len(images), 2).tolist()
         pieces = []
         for image, (height, width), (down, right) in zip(images, sizes, drawn, strict=True):
             top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
             pieces.append(image[:, top : top + side, left : left + side])
         return torch.stack(pieces)
 
-    def _flip(self, images: Tensor) -> Tensor:
-        chosen = self._uniform("horizontal flip", len(images))
+    def _flip(self, images: Tensor, key: str) -> Tensor:
+        chosen = self._uniform(f"horizontal flip{key}", len(images))
         mirrored = (chosen < 0.5).to(images.device, non_blocking=True)
         return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
 

@@ -54,12 +54,13 @@ class BatchDataset(Dataset):
             dtype: of the images; features keep their own.
 
         Returns:
-            what :meth:`__getitems__` gives, with ``image`` in [0, 1] [B, C, H, W].
+            what :meth:`__getitems__` gives, with ``image`` (and ``counterpart``, where there is one)
+            in [0, 1] [B, C, H, W].
         """
         batch = self.__getitems__(torch.as_tensor(indices).cpu())
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if "image" in batch:
-            batch["image"] = unit_interval(batch["image"], dtype)
+        for name in {"image", "counterpart"} & batch.keys():
+            batch[name] = unit_interval(batch[name], dtype)
         return batch
 
 
@@ -201,7 +202,9 @@ class PictureFileDataset(BatchDataset):
         boxes: int64 [N, M, 4] in pixels of the decoded picture; batches then have ``boxes``.
         original_sizes: int64 [N, 2], height and width of the files; batches then have
             ``original_size``.
-        decode: how a file becomes uint8 [3, H, W], instead of squeezing.
+        decode: how a file becomes uint8 [C, H, W], instead of squeezing.
+        channels: C of what ``decode`` gives.
+        padding: fills up pictures of various sizes to those of a batch.
     """
 
     def __init__(
@@ -212,6 +215,8 @@ class PictureFileDataset(BatchDataset):
         boxes: Tensor | None = None,
         original_sizes: Tensor | None = None,
         decode: Callable[[Path], Tensor] | None = None,
+        channels: int = 3,
+        padding: int = 0,
     ) -> None:
         if size is None and decode is None:
             raise ValueError("size=None needs a function that decodes")
@@ -224,19 +229,20 @@ class PictureFileDataset(BatchDataset):
                 raise ValueError(f"{len(paths)} pictures but {len(values)} of {name}")
         self._various = size is None
         shape = (-1, -1) if size is None else (size, size) if isinstance(size, int) else size
-        self.sample_shape = (3, *shape)
+        self.sample_shape = (channels, *shape)
+        self._padding = padding
         self._squeezed = size if isinstance(size, int) else None
         self._decode = decode
-        self._kept: list[Tensor] | None = None
+        self._kept: list[Tensor | None] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
-        """The batch of these pictures: ``image`` uint8 [B, 3, H, W], ``index`` [B], ``path``.
+        """The batch of these pictures: ``image`` uint8 [B, C, H, W], ``index`` [B], ``path``.
 
         Also ``label``, ``boxes`` and ``original_size``, where the set has them. Pictures of various
-        sizes are padded with 0 at the right and the bottom, and ``size`` is the list of their
+        sizes are padded at the right and the bottom, and ``size`` is the list of their
         (height, width).
 
         Raises:
@@ -244,14 +250,13 @@ class PictureFileDataset(BatchDataset):
         """
         index = torch.as_tensor(indices, dtype=torch.int64)
         places = index.tolist()
-        kept = self._kept
-        images = self._read(places, "a batch") if kept is None else [kept[i] for i in places]
+        images = self._decoded(places)
         batch: dict[str, Any] = {"index": index, "path": [str(self.paths[i]) for i in places]}
         if self._various:
             sizes = [(image.shape[1], image.shape[2]) for image in images]
             height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
             images = [
-                torch.nn.functional.pad(image, (0, width - w, 0, height - h))
+                torch.nn.functional.pad(image, (0, width - w, 0, height - h), value=self._padding)
                 for image, (h, w) in zip(images, sizes, strict=True)
             ]
             batch["size"] = sizes
@@ -269,7 +274,21 @@ class PictureFileDataset(BatchDataset):
             RuntimeError: some files cannot be read; names up to five of them.
         """
         if self._kept is None:
-            self._kept = self._read(range(len(self)), name, progress=f"decoding {name}")
+            self._kept = [*self._read(range(len(self)), name, progress=f"decoding {name}")]
+
+    def keep_read(self) -> None:
+        """Keeps each picture as bytes in memory once a batch has asked for it."""
+        if self._kept is None:
+            self._kept = [None] * len(self)
+
+    def _decoded(self, places: Sequence[int]) -> list[Tensor]:
+        if self._kept is None:
+            return self._read(places, "a batch")
+        kept = self._kept
+        new = sorted({place for place in places if kept[place] is None})
+        for place, decoded in zip(new, self._read(new, "a batch"), strict=True):
+            kept[place] = decoded
+        return [image for place in places if (image := kept[place]) is not None]
 
     def _read(self, places: Sequence[int], name: str, progress: str | None = None) -> list[Tensor]:
         paths = [Path(self.paths[i]) for i in places]

@@ -1,8 +1,10 @@
 """One sampler for training and evaluation, on any number of processes."""
 
 from collections.abc import Iterator, Sized
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lightning_modules.randomness import keyed_generator
@@ -64,7 +66,8 @@ class ShardedSampler(DistributedSampler):
         self.batches = batches
         self.skip = 0
 
-    def __iter__(self) -> Iterator[int]:
+    def order(self) -> Tensor:
+        """What an epoch gives out over all processes, row by row: here int64 [N], places in the set."""
         size = len(self.dataset)
         rounds = 1 if self.batches is None else -(-self.batches * self.batch_size // size)
         if self.shuffle:
@@ -72,16 +75,18 @@ class ShardedSampler(DistributedSampler):
             order = torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])
         else:
             order = torch.arange(size).repeat(rounds)
-        if self.batches is not None:
-            order = order[: self.batches * self.batch_size]
-            size = len(order)
+        return order if self.batches is None else order[: self.batches * self.batch_size]
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self.order()
+        rows = torch.arange(len(order))
         if self.drop_last:
-            batches = order[: size - size % self.batch_size].view(-1, self.batch_size)
-            order = batches.chunk(self.num_replicas, dim=1)[self.rank].flatten()
+            batches = rows[: len(rows) - len(rows) % self.batch_size].view(-1, self.batch_size)
+            rows = batches.chunk(self.num_replicas, dim=1)[self.rank].flatten()
         else:
-            order = order[self.rank :: self.num_replicas]
+            rows = rows[self.rank :: self.num_replicas]
         skip, self.skip = self.skip, 0
-        return iter(order[skip:].tolist())
+        return iter(order[rows[skip:]].tolist())
 
     def __len__(self) -> int:
         size = len(self.dataset)

@@ -1,13 +1,12 @@
 """What a module that generates images offers to those who judge them, and how one is read from a checkpoint."""
 
 from collections.abc import Iterator
-from contextvars import Context
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from lightning_modules.checkpoints import load_frozen
 from lightning_modules.paper import PaperModule
 
 
@@ -65,32 +64,4 @@ def load_generator(path: str | Path) -> PaperModule:
         FileNotFoundError: there is no such file.
         RuntimeError: it is no readable checkpoint, none of this collection, or of a module that generates no images.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}; give one by --model.generator FILE")
-    try:
-        name = torch.load(path, map_location="cpu", weights_only=True).get("module_class")
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-        ) from error
-    found = [kind for kind in _descendants(PaperModule) if kind.__name__ == name]
-    if not found:
-        raise RuntimeError(
-            f"{path} was written by {name or 'something else than this collection'}, which is no module here"
-        )
-    if not hasattr(found[0], "generated_kinds"):
-        raise RuntimeError(f"{path} holds a {name}, which generates no images")
-    # In a context of its own: inside the command line Lightning would give the module that is being built, and whose
-    # generator this one is, as the source of its hyper-parameters.
-    module = Context().run(
-        found[0].load_from_checkpoint, path, map_location="cpu", weights_only=True
-    )
-    return cast(PaperModule, module.eval().requires_grad_(False))
-
-
-def _descendants(kind: type[PaperModule]) -> list[type[PaperModule]]:
-    found = []
-    for child in kind.__subclasses__():
-        found += [child, *_descendants(child)]
-    return found
+    return load_frozen(path, "--model.generator", generated_kinds="generates no images")

@@ -21,6 +21,21 @@ class Rows(Dataset):
         return {"image": self.images[index], "label": self.labels[index], "index": index}
 
 
+class Pairs(Dataset):
+    """Unpaired batches of a case, as two domains with images in [0, 1]."""
+
+    def __init__(self, images_a: Tensor, images_b: Tensor) -> None:
+        self.images = {"a": images_a, "b": images_b}
+
+    def __len__(self) -> int:
+        return len(self.images["a"])
+
+    def __getitem__(self, index: int) -> dict[str, dict[str, Tensor | int]]:
+        return {
+            side: {"image": images[index], "index": index} for side, images in self.images.items()
+        }
+
+
 def fit_one_epoch(module: LightningModule, rows: Dataset, batch_size: int) -> None:
     """One epoch over the rows in their order, without a word."""
     level = logging.getLogger("lightning.pytorch").level

@@ -10,7 +10,6 @@ from typing import Any, Literal, cast, get_args
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lightning_modules.generated import (
@@ -20,6 +19,7 @@ from lightning_modules.generated import (
     load_generator,
 )
 from lightning_modules.metrics.features import feature_extractor
+from lightning_modules.metrics.frechet import GivenFeatures, frechet_distance
 from lightning_modules.metrics.prdc import (
     NAMES,
     Name,
@@ -184,10 +184,7 @@ class PRDCModule(PaperModule):
 
 
 def _fid(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False).to(real.device)
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
-    return {"fid": metric.compute()}
+    return {"fid": frechet_distance(real, fake)}
 
 
 def _kid(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
@@ -195,7 +192,7 @@ def _kid(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all extracted features")
         metric = KernelInceptionDistance(
-            _Given(real.shape[1]), subset_size=subset, sync_on_compute=False
+            GivenFeatures(real.shape[1]), subset_size=subset, sync_on_compute=False
         ).to(real.device)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
@@ -226,14 +223,3 @@ _ALSO: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "probabilistic": _probabilistic,
     "authenticity": _authenticity,
 }
-
-
-class _Given(nn.Module):
-    """Stands where torchmetrics wants a network: the features are there already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features

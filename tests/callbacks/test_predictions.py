@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from callbacks.predictions import PredictionWriter
-from tests.callbacks.boring import BoringGAN, boring_trainer, loader
+from callbacks.predictions import PictureWriter, PredictionWriter
+from tests.callbacks.boring import BoringGAN, boring_trainer, loader, run_fresh
 
 
 class Returning(BoringGAN):
@@ -93,3 +95,104 @@ def test_rows_of_two_processes(two_processes: tuple[Path, str]) -> None:
     assert [int(row["index"]) for row in rows] == list(range(15))
     assert {row["rank"] for row in rows} == {"0", "1"}
     assert printed.count("15 predictions in") == 1
+
+
+# ------------------------------------------------------------------ pictures
+class Brighter(BoringGAN):
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {"image": batch["image"] - 0.4 / 255, "mean": batch["image"].flatten(1).mean(1)}
+
+
+class Folder(LightningDataModule):
+    def __init__(self, root: Path | None, paths: list[str] | None, channels: int = 3) -> None:
+        super().__init__()
+        self.predict_folder = None if root is None else str(root)
+        self.batches = []
+        for index in range(3 if paths is None else len(paths)):
+            image = torch.full((1, channels, 4 + index, 6), index / 255)
+            batch: dict[str, Any] = {"image": image, "index": torch.tensor([index])}
+            if paths is not None:
+                batch["path"] = [paths[index]]
+            self.batches.append(batch)
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def _pictures(path: Path) -> set[str]:
+    folder = path / "predictions"
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def _write(path: Path, data: Folder, extension: str = "png") -> set[str]:
+    trainer = boring_trainer(path, callbacks=[PictureWriter(extension), PredictionWriter()])
+    trainer.predict(Brighter(), datamodule=data, return_predictions=False)
+    return _pictures(path)
+
+
+def test_pictures_keep_name_size_and_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "in"
+    paths = [f"{root}/one.jpg", f"{root}/sub/two.v2.PNG", "/elsewhere/deep/three.png"]
+    names = _write(tmp_path, Folder(root, paths))
+    assert names == {"one.png", "sub/two.v2.png", "three.png"}
+    for index, name in enumerate(["one.png", "sub/two.v2.png", "three.png"]):
+        with Image.open(tmp_path / "predictions" / name) as picture:
+            assert (picture.size, picture.mode) == ((6, 4 + index), "RGB")
+            assert picture.getcolors() == [((4 + index) * 6, (index,) * 3)], "rounded to nearest"
+    assert f"3 pictures in {tmp_path / 'predictions'}" in capsys.readouterr().out
+    assert list(_table(tmp_path)[0]) == ["index", "path", "mean"], "pictures are no column"
+
+
+def test_grey_pictures_without_names(tmp_path: Path) -> None:
+    assert _write(tmp_path, Folder(None, None, 1), ".TIF") == {f"00000{i}.tif" for i in range(3)}
+    with Image.open(tmp_path / "predictions" / "000002.tif") as picture:
+        assert (picture.mode, picture.getpixel((0, 0))) == ("L", 2)
+
+
+def test_no_picture_replaces_another_or_leaves_the_run(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    paths = [f"{root}/x.png", f"{root}/x.jpg", f"{root}/X.PNG", f"{root}/../../up.png", "/a/y.png"]
+    paths += ["/b/y.png", f"{root}/z/y.png"]
+    names = _write(tmp_path / "run", Folder(root, paths))
+    assert names == {
+        *("x.png.png", "x.jpg.png", "X.PNG-2.png", "up.png"),
+        *("y.png.png", "y.png-5.png", "z/y.png"),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "message"),
+    [
+        ({"score": torch.zeros(1)}, r"'image' \[B, C, H, W\] with C of 1 or 3, not NoneType"),
+        ({"image": torch.zeros(1, 2, 4, 4)}, r"not \[1, 2, 4, 4\]"),
+        (torch.zeros(1, 3, 4, 4), "not NoneType"),
+    ],
+)
+def test_predictions_that_are_no_pictures(tmp_path: Path, prediction: Any, message: str) -> None:
+    trainer = boring_trainer(tmp_path, callbacks=[PictureWriter()])
+    with pytest.raises(ValueError, match=message):
+        trainer.predict(Returning(prediction), datamodule=Folder(None, None))
+    for extension in ("exe", "", "eps/../x"):
+        with pytest.raises(ValueError, match="no picture that can be written"):
+            PictureWriter(extension)
+
+
+PICTURES = """
+import sys
+from tests.callbacks.test_predictions import *
+from tests.callbacks.boring import loader
+
+trainer = boring_trainer(
+    Path(sys.argv[1]), devices=2, strategy="ddp_fork", callbacks=[PictureWriter()]
+)
+trainer.predict(Brighter(), loader(5, 2), return_predictions=False)
+"""
+
+
+def test_pictures_of_two_processes(tmp_path: Path) -> None:
+    printed = run_fresh(PICTURES, str(tmp_path))
+    assert _pictures(tmp_path) == {f"00000{i}.png" for i in range(5)}
+    assert printed.count("pictures in") == 1

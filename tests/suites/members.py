@@ -10,6 +10,7 @@ class Member:
     Args:
         name: of the paper's folder.
         config: its recipe that needs no download.
+        overlay: further configuration, for what overrides cannot reach: arguments of callbacks.
         tiny: overrides that make the whole recipe, all phases included, a matter of seconds.
         parity: overrides that take out what depends on the local batch by nature.
         boundary: method called once for each piece of work between two phases; a kill in its second call must be
@@ -20,6 +21,7 @@ class Member:
 
     name: str
     config: str
+    overlay: str | None = None
     tiny: dict[str, object] = field(default_factory=dict)
     parity: dict[str, object] = field(default_factory=dict)
     boundary: str | None = None
@@ -27,14 +29,27 @@ class Member:
     trains: bool = True
 
     def arguments(self, *overrides: dict[str, object]) -> list[str]:
-        """``-c`` and the overrides as command-line arguments, later ones winning."""
+        """The configuration and the overrides as command-line arguments, later ones winning."""
         merged = {k: v for part in (self.tiny, *overrides) for k, v in part.items()}
         return [
             "-c",
             self.config,
+            *(["-c", self.overlay] if self.overlay else []),
             *(text for k, v in merged.items() for text in (f"--{k}", str(v))),
         ]
 
+
+TINY_TRANSLATION: dict[str, object] = {
+    "data.batch_size": 4,
+    "data.shapes_train": 12,
+    "data.shapes_val": 8,
+    "data.shapes_test": 8,
+    "model.ngf": 2,
+    "model.ndf": 2,
+    "model.n_epochs": 2,
+    "model.n_epochs_decay": 2,
+    "trainer.log_every_n_steps": 1,
+}
 
 ALL = [
     Member(
@@ -88,6 +103,34 @@ ALL = [
             "data.batch_size": 16,
             "model.width": 4,
             "model.head_width": 8,
+            "model.epochs": 4,
+            "trainer.log_every_n_steps": 1,
+        },
+        parity={"model.norm": "group"},
+        batches=(2, 8),
+    ),
+    Member(
+        "cyclegan",
+        "configs/cyclegan/shapes.yaml",
+        "tests/suites/quick_judges.yaml",
+        tiny={**TINY_TRANSLATION, "model.pool_size": 5},
+        batches=(2, 8),
+    ),
+    Member(
+        "opgan",
+        "configs/opgan/shapes.yaml",
+        "tests/suites/quick_judges.yaml",
+        tiny={**TINY_TRANSLATION, "model.pool_size": 5, "model.siamese_width": 2},
+        batches=(2, 8),
+    ),
+    Member(
+        "supervised",
+        "configs/supervised/digits.yaml",
+        tiny={
+            "data.batch_size": 16,
+            "data.train_limit": 10,
+            "data.test_limit": 4,
+            "model.width": 4,
             "model.epochs": 4,
             "trainer.log_every_n_steps": 1,
         },
