@@ -31,7 +31,7 @@ class FiniteGuard(Callback):
         """
         losses: dict[str, Tensor] = dict(getattr(pl_module, "losses", {}))
         if isinstance(outputs, dict) and isinstance(outputs.get("loss"), Tensor):
-            losses["loss"] = outputs["loss"]
+            losses.setdefault("loss", outputs["loss"])
         if not losses:
             return
         values = torch.stack([loss.detach().float().reshape(()) for loss in losses.values()])

@@ -15,7 +15,7 @@ from callbacks.report import require, write_table
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.cyclegan.module import Direction
 from lightning_modules.metrics.features import feature_extractor
-from lightning_modules.metrics.frechet import frechet_distance
+from lightning_modules.metrics.frechet import frechet_distance_of_features
 from lightning_modules.metrics.prdc import PrecisionRecallDensityCoverage
 from lightning_modules.metrics.segmentation import confusion_matrix, scores_of_confusion
 from lightning_modules.nn.statistics import gather_over_ranks
@@ -581,6 +581,6 @@ def _distances(reference: PrecisionRecallDensityCoverage) -> Scores:
     real, fake = reference.features
     scores = {name: 100 * float(values[name]) for name in ("density", "coverage")}
     if len(fake) > 1:
-        scores["fid"] = float(frechet_distance(real, fake))
+        scores["fid"] = float(frechet_distance_of_features(real, fake))
     reference.reset()
     return scores

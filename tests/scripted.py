@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -36,8 +37,8 @@ class Pairs(Dataset):
         }
 
 
-def fit_one_epoch(module: LightningModule, rows: Dataset, batch_size: int) -> None:
-    """One epoch over the rows in their order, without a word."""
+def fit_one_epoch(module: LightningModule, rows: Any, batch_size: int | None) -> None:
+    """One epoch over the rows in their order, without a word; without a batch size every row is a batch."""
     level = logging.getLogger("lightning.pytorch").level
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     try:

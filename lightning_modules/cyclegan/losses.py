@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_modules.nn import penalties
+from lightning_modules.nn.gradient_penalty import gradient_penalty as slope_penalty
 
 Objective = Literal["lsgan", "vanilla", "wgangp"]
 Convention = Literal["end_of_epoch", "start_of_epoch"]
@@ -85,9 +85,7 @@ def gradient_penalty(
     Raises:
         ValueError: ``real`` and ``fake`` differ in shape.
     """
-    return penalties.gradient_penalty(
-        lambda x: critic(x).flatten(1).mean(1), real, fake, alpha, weight=1.0, norm="sample"
-    )
+    return slope_penalty(critic, real, fake, alpha, patch_reduction="mean")
 
 
 def cyclegan_generator_losses(

@@ -1,7 +1,7 @@
-"""Frechet distance of two sets of features, by torchmetrics; FID where they are those of FID's InceptionV3."""
+"""Frechet distance of normal distributions; FID where the features are those of FID's InceptionV3."""
 
+import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 class GivenFeatures(nn.Module):
@@ -16,16 +16,44 @@ class GivenFeatures(nn.Module):
         return features
 
 
-def frechet_distance(real: Tensor, fake: Tensor) -> Tensor:
-    """Squared Frechet distance of the normal distributions with the sets' means and covariances, a float64 scalar.
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
+    """Squared Frechet distance between two Gaussians (Heusel et al., NeurIPS 2017), in float64.
+
+    Takes the root of the product by the eigenvalues of a symmetric matrix, so that singular covariances need no offset.
+
+    Args:
+        mu1: mean [D].
+        sigma1: covariance [D, D].
+        mu2: mean [D].
+        sigma2: covariance [D, D].
+
+    Returns:
+        Scalar, at least 0.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    d = len(mu1)
+    if not (mu1.shape == mu2.shape == (d,) and sigma1.shape == sigma2.shape == (d, d)):
+        shapes = ", ".join(str(tuple(value.shape)) for value in (mu1, sigma1, mu2, sigma2))
+        raise ValueError(f"means [D] and covariances [D, D] of one D are needed, got {shapes}")
+    mu1, sigma1, mu2, sigma2 = (value.double() for value in (mu1, sigma1, mu2, sigma2))
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp_min(0).sqrt().sum()
+    spread = sigma1.trace() + sigma2.trace() - 2 * overlap
+    return ((mu1 - mu2).square().sum() + spread).clamp_min(0)
+
+
+def frechet_distance_of_features(real: Tensor, fake: Tensor) -> Tensor:
+    """:func:`frechet_distance` of the normal distributions with the sets' means and covariances.
 
     Args:
         real: features [N, D], N > 1.
         fake: features [M, D], M > 1.
+
+    Returns:
+        Scalar, float64.
     """
-    given = GivenFeatures(real.shape[1])
-    # The sets are complete: every process has all of them.
-    metric = FrechetInceptionDistance(given, sync_on_compute=False).to(real.device)
-    metric.update(real.double(), real=True)
-    metric.update(fake.double(), real=False)
-    return metric.compute()
+    moments = [(x.double().mean(0), x.double().T.cov()) for x in (real, fake)]
+    return frechet_distance(*moments[0], *moments[1])

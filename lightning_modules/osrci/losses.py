@@ -5,11 +5,15 @@ equations of the paper and the released code differ, the default is the released
 the published numbers come.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_modules.nn.gradient_penalty import SlopeNorm
+from lightning_modules.nn.gradient_penalty import gradient_penalty as slope_penalty
 
 Normalize = Literal["channel_group", "position"]
 ScoreKind = Literal["margin", "kplusone", "msp", "mls", "energy"]
@@ -95,6 +99,47 @@ def sample_latent(
         batch, latent_size * scale**2, generator=generator, device=device, dtype=dtype
     )
     return normalize_latent(gaussian, scale, normalize)
+
+
+def gradient_penalty(
+    discriminator: Callable[[Tensor], Tensor],
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor | None = None,
+    weight: float = 10.0,
+    norm: SlopeNorm = "channel",
+    outputs: Literal["all", "first"] = "all",
+) -> Tensor:
+    """Weighted penalty on the discriminator's input gradient at random interpolates.
+
+    Precision and differentiability: :func:`lightning_modules.nn.gradient_penalty.gradient_penalty`.
+
+    Args:
+        discriminator: maps images [B, C, H, W] to [B, K].
+        real: images [B, C, H, W]; no gradient flows into them.
+        fake: images of the same shape; no gradient flows into them.
+        alpha: share of ``real`` in the interpolate of every sample, [B]; U[0, 1) if not given.
+        weight: factor of the penalty (lambda).
+        norm: ``"channel"``: norm over the channel axis, averaged over batch and positions (released
+            code); ``"sample"``: norm over all axes but the batch (WGAN-GP equation, as in the
+            paper).
+        outputs: ``"all"`` sums the K output columns (released code); ``"first"`` uses column 0
+            (paper).
+
+    Returns:
+        Scalar ``weight * mean((||gradient|| - 1)**2)``.
+
+    Raises:
+        ValueError: ``real`` and ``fake`` differ in shape, or an option is unknown.
+    """
+    if outputs not in ("all", "first"):
+        raise ValueError(f"unknown outputs={outputs!r}; choose 'all' or 'first'")
+
+    def selected(images: Tensor) -> Tensor:
+        logits = discriminator(images)
+        return logits if outputs == "all" else logits[:, :1]
+
+    return weight * slope_penalty(selected, real, fake, alpha, norm=norm)
 
 
 def discriminator_loss(

@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 from lightning_modules.adversarial import AdversarialModule
 from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
 from lightning_modules.nn.modes import eval_mode
-from lightning_modules.nn.penalties import gradient_penalty
 from lightning_modules.osrci.counterfactual import (
     generate_open_set,
     recalibrate_batch_norm,
@@ -36,6 +35,7 @@ from lightning_modules.osrci.counterfactual import (
 from lightning_modules.osrci.losses import (
     discriminator_loss,
     generator_adversarial_loss,
+    gradient_penalty,
     kplusone_loss,
     normalize_latent,
     one_vs_rest_softplus_loss,

@@ -19,7 +19,7 @@ from lightning_modules.generated import (
     load_generator,
 )
 from lightning_modules.metrics.features import feature_extractor
-from lightning_modules.metrics.frechet import GivenFeatures, frechet_distance
+from lightning_modules.metrics.frechet import GivenFeatures, frechet_distance_of_features
 from lightning_modules.metrics.prdc import (
     NAMES,
     Name,
@@ -184,7 +184,7 @@ class PRDCModule(PaperModule):
 
 
 def _fid(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    return {"fid": frechet_distance(real, fake)}
+    return {"fid": frechet_distance_of_features(real, fake)}
 
 
 def _kid(real: Tensor, fake: Tensor) -> dict[str, Tensor]:

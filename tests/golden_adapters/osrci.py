@@ -12,7 +12,6 @@ from torch.optim import SGD, Adam, Optimizer
 from datamodules.open_set import OpenSetDataModule
 from datamodules.open_set_splits import osr_split
 from lightning_modules.metrics.open_set import open_set_metrics
-from lightning_modules.nn.penalties import gradient_penalty
 from lightning_modules.osrci import KPlusOneClassifierModule, OSRCIModule
 from lightning_modules.osrci.counterfactual import (
     counterfactual_search,
@@ -23,6 +22,7 @@ from lightning_modules.osrci.losses import (
     clamp_to_unit_sphere,
     discriminator_loss,
     generator_adversarial_loss,
+    gradient_penalty,
     kplusone_loss,
     normalize_latent,
     one_vs_rest_softplus_loss,

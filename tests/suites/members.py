@@ -114,6 +114,8 @@ ALL = [
         "configs/cyclegan/shapes.yaml",
         "tests/suites/quick_judges.yaml",
         tiny={**TINY_TRANSLATION, "model.pool_size": 5},
+        # A bias before an instance norm has no gradient, so that Adam follows the rounding.
+        parity={"model.norm": "group"},
         batches=(2, 8),
     ),
     Member(
@@ -121,6 +123,7 @@ ALL = [
         "configs/opgan/shapes.yaml",
         "tests/suites/quick_judges.yaml",
         tiny={**TINY_TRANSLATION, "model.pool_size": 5, "model.siamese_width": 2},
+        parity={"model.norm": "group", "model.siamese_norm": "none"},
         batches=(2, 8),
     ),
     Member(

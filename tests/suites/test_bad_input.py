@@ -110,6 +110,58 @@ def test_localization_argument(extra: list[str], expected: list[str], tmp_path: 
         assert part in line, line
 
 
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.generator", "resnet_0blocks"], ["resnet_0blocks", "resnet_9blocks"]),
+        (["--model.grid", "1"], ["grid=1"]),
+        (["--model.grid", "9"], ["--model.grid"]),
+        (["--model.channels_a", "1", "--model.channels_b", "1"], ["channels_a=1", "3 channels"]),
+        (["--data.shapes_b", "{domian: night}"], ["domian", "domain"]),
+        (["--data.shapes_b", "{domain: day}"], ["shapes_b", "same"]),
+        (["--data.batch_size", "50"], ["50", "--data.batch_size"]),
+        (["--data.dataset", "camvid", "--data.root", "/nowhere"], ["shapes_b"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_translation_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (opgan,) = (member for member in MEMBERS if member.name == "opgan")
+    line = message(["fit", *opgan.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
+def test_domains_that_do_not_fit(tmp_path: Path) -> None:
+    """Each is told before anything is trained: an empty domain, grey beside colour, pictures below the crop."""
+    parts = ("trainA", "trainB", "testA", "testB")
+    command = ["fit", "-c", "configs/cyclegan/folder.yaml", "--data.num_workers", "0"]
+
+    def fill(name: str, mode: str = "RGB", side: int = 160) -> list[str]:
+        for part in parts:
+            (tmp_path / name / part).mkdir(parents=True)
+            for i in range(3):
+                Image.new(mode, (side, side)).save(tmp_path / name / part / f"{i}.png")
+        return [*command, "--data.root", str(tmp_path / name)]
+
+    empty = fill("empty")
+    for file in (tmp_path / "empty" / "trainB").iterdir():
+        file.unlink()
+    mixed = fill("mixed")
+    Image.new("L", (160, 160)).save(tmp_path / "mixed" / "trainA" / "grey.png")
+    small = [*fill("small", side=100), "--data.preprocess", "crop"]
+    missing = [*command, "--data.root", str(tmp_path / "nothing")]
+    for arguments, expected in (
+        (empty, ["trainB"]),
+        (mixed, ["grey.png", "--data.channels"]),
+        (small, ["100x100", "--data.crop_size 100"]),
+        (missing, [str(tmp_path / "nothing"), "--data.root"]),
+        ([*fill("large"), "--data.crop_size", "200"], ["crop_size=200", "load_size=143"]),
+    ):
+        line = message(arguments, tmp_path)
+        for part in expected:
+            assert part in line, line
+
+
 def test_pictures_and_boxes_that_do_not_fit(tmp_path: Path) -> None:
     for part in ("train", "validation"):
         for name in ("cat", "dog"):

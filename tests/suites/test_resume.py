@@ -30,7 +30,7 @@ def outcome(root: Path) -> dict[str, Any]:
     """Everything a run leaves that must not depend on interruptions."""
     (directory,) = root.glob("*/run")
     dump = torch.load(root / "dump" / "rank0.pt", weights_only=True)
-    files = sorted([directory / "metrics.csv", *(directory / "images").iterdir()])
+    files = sorted([directory / "metrics.csv", *directory.glob("images/*")])
     return {
         "state": dump["state"],
         "optimizers": dump["optimizers"],

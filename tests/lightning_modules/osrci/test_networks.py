@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from lightning_modules.nn.penalties import gradient_penalty
+from lightning_modules.osrci.losses import gradient_penalty
 from lightning_modules.osrci.networks import (
     SCALES,
     Classifier32,

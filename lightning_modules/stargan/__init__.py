@@ -1,0 +1,5 @@
+"""StarGAN: one generator for translations between many domains (Choi et al., CVPR 2018)."""
+
+from lightning_modules.stargan.module import StarGAN, load_reference_checkpoint
+
+__all__ = ["StarGAN", "load_reference_checkpoint"]
