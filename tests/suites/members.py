@@ -174,6 +174,18 @@ ALL = [
         batches=(2, 14),
     ),
     Member("prdc", "configs/prdc/digits.yaml", tiny={"data.limit": 60}, trains=False),
+    Member(
+        "dissection",
+        "configs/dissection/shapes.yaml",
+        tiny={
+            "data.shapes_train": 40,
+            "data.shapes_test": 20,
+            "model.width": 3,
+            "model.train_steps": 3,
+            "model.max_length": 3,
+        },
+        trains=False,
+    ),
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.suites.launch import run
-from tests.suites.members import IDS, MEMBERS, Member
+from tests.suites.members import ANALYSES, IDS, MEMBERS, Member
 
 OSRCI = MEMBERS[0]
 
@@ -232,6 +232,29 @@ def test_sets_that_cannot_be_compared(tmp_path: Path) -> None:
         line = message([*command, "--data.fake", fake, *extra], tmp_path)
         for part in expected:
             assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.layer", "layer"], ["'layer'", "--model.layer"]),
+        (["--model.layer", "2.33"], ["'2.33'", "2.3"]),
+        (["--model.units", "[3, 24]"], ["[24]", "12 units"]),
+        (["--model.checkpoint", "no.ckpt", "--model.network", "null"], ["no.ckpt"]),
+        (["--model.network", "resnet19"], ["resnet19", "resnet18"]),
+        (["--data.dataset", "camvid", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+        (["--data.dataset", "broden", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+        (["--data.limit", "3"], ["--data.shapes_test"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_dissection_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (dissection,) = (
+        member for member in ANALYSES if member.config.endswith("dissection/shapes.yaml")
+    )
+    line = message(["test", *dissection.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
 
 
 def test_more_known_classes_than_exist(tmp_path: Path) -> None:
