@@ -186,6 +186,23 @@ ALL = [
         },
         trains=False,
     ),
+    Member(
+        "dissection",
+        "configs/dissection/nli.yaml",
+        tiny={
+            "data.train_size": 400,
+            "data.test_size": 200,
+            "model.embedding_dim": 8,
+            "model.hidden_dim": 8,
+            "model.train_steps": 5,
+            "model.min_activations": 10,
+            "model.max_length": 2,
+            "model.beam_size": 3,
+            "model.units": "[0,1,2,3,4,5,6,7,8,9,10,11]",
+            "model.edit_examples": 10,
+        },
+        trains=False,
+    ),
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]
