@@ -1,4 +1,4 @@
-"""What Classifier and Segmenter share: the network and its weights, the optimizer, the names of the classes."""
+"""What Classifier, Detector and Segmenter share: network and weights, the optimizer, the names of the classes."""
 
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,7 +28,8 @@ class SupervisedModule(PaperModule):
 
     Args:
         num_classes: K; must be the data's.
-        network: ``small``, a network of torchvision by name, or any module of your own that maps images
+        network: ``small``, one of :data:`~lightning_modules.supervised.cifar.CIFAR_NETWORKS` (classifiers of 32-pixel
+            images), a network of torchvision by name, or any module of your own that maps images
             [B, C, H, W] in [0, 1] to logits. Your own is not among the hyper-parameters: give it again to
             ``load_from_checkpoint``.
         in_channels: channels the network takes. Grey images are repeated for a network of several channels, colour
@@ -101,12 +102,17 @@ class SupervisedModule(PaperModule):
 
     def _load(self, name: str, weights_path: str | None, download: bool) -> None:
         try:
-            load_pretrained(self.network, name, weights_path, download)
+            load_pretrained(self.pretrained_part, name, weights_path, download)
         except FileNotFoundError as error:
             # A checkpoint that is loaded into this module brings them; without one nothing may start.
             self._missing_weights = error
         if self.hp.in_channels != 3:
             replace_first_convolution(self.network, self.hp.in_channels)
+
+    @property
+    def pretrained_part(self) -> nn.Module:
+        """What torchvision's weights are for."""
+        return self.network
 
     @property
     def total_epochs(self) -> int:
@@ -115,6 +121,16 @@ class SupervisedModule(PaperModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 or better, of images [B, C, H, W] in [0, 1].
+
+        Raises:
+            ValueError: the images have channels that the network does not take.
+        """
+        logits = self.network(self.to_network(images))
+        logits = logits["out"] if isinstance(logits, dict) else logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def to_network(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] as the network takes them: of its channels, normalised.
 
         Raises:
             ValueError: the images have channels that the network does not take.
@@ -131,9 +147,7 @@ class SupervisedModule(PaperModule):
             )
         if self.statistics is not None:
             images = normalize(images, *map(list, self.statistics))
-        logits = self.network(images)
-        logits = logits["out"] if isinstance(logits, dict) else logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return images
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """What is minimised, a scalar, for a batch with the task's truth."""

@@ -1,4 +1,4 @@
-"""Classifiers and segmenters by name: small ones of our own, and torchvision's."""
+"""Classifiers, segmenters and detectors by name: small ones of our own, and torchvision's."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,20 +14,28 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from lightning_modules.nn.norm import Norm, norm_layer
 from lightning_modules.nn.pretrained import read_weights, weights_file, wrong_weights
+from lightning_modules.supervised.cifar import CIFAR_NETWORKS
+from lightning_modules.supervised.ssd import mobilenet_ssd, small_ssd
 
-Task = Literal["classification", "segmentation"]
+Task = Literal["classification", "segmentation", "detection"]
 Statistics = tuple[Sequence[float], Sequence[float]]
 
 HALF: Statistics = ((0.5,), (0.5,))
 """For networks that are trained from scratch here; and what torchvision's Inceptions were trained with."""
 
+CIFAR: Statistics = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+"""Of CIFAR-10's training images; the released ZAQ code takes them for CIFAR-100 as well."""
+
 DOWNS = 3
 
 
 def network_names(task: Task) -> list[str]:
-    """The names that :func:`build_network` knows for a task."""
+    """The names that :func:`build_network` knows for a task; those of detection are what SSD stands on."""
+    if task == "detection":
+        return ["small", "mobilenet_v2"]
     zoo = torchvision.models if task == "classification" else torchvision.models.segmentation
-    return ["small", *list_models(module=zoo)]
+    own = ["small", *(CIFAR_NETWORKS if task == "classification" else ())]
+    return [*own, *list_models(module=zoo)]
 
 
 def build_network(
@@ -50,7 +58,7 @@ def build_network(
 
     Returns:
         Maps normalised images [B, C, H, W] to logits, [B, K] or [B, K, H, W]; torchvision's segmenters put these into
-        a dict under ``out``.
+        a dict under ``out``. For detection an :class:`~lightning_modules.supervised.ssd.SSDNetwork`.
 
     Raises:
         ValueError: unknown name.
@@ -62,9 +70,17 @@ def build_network(
             f"unknown network={name!r} for {task} (--model.network); "
             + (f"closest: {', '.join(close)}" if close else f"some are {', '.join(names[:8])}")
         )
+    if task == "detection":
+        small = name == "small"
+        ssd = small_ssd(num_classes, width, norm) if small else mobilenet_ssd(num_classes)
+        if in_channels != 3:
+            replace_first_convolution(ssd, in_channels)
+        return ssd
     if name == "small":
         own = SmallClassifier if task == "classification" else SmallUNet
         return own(num_classes, in_channels, width, norm)
+    if name in CIFAR_NETWORKS:
+        return CIFAR_NETWORKS[name](num_classes, in_channels)
     options: dict[str, Any] = {"num_classes": num_classes}
     if task == "segmentation":
         options["weights_backbone"] = None
@@ -77,13 +93,16 @@ def build_network(
 
 
 def statistics_of(name: str, in_channels: int) -> Statistics:
-    """Mean and standard deviation that a network's images are normalised with: those of torchvision's weights."""
+    """Mean and standard deviation that a network's images are normalised with, in its training and after it."""
     if name in ("small", "googlenet", "inception_v3"):
         return HALF
-    preset = get_model_weights(name)["DEFAULT"].transforms()
+    mean, std = CIFAR
+    if name not in CIFAR_NETWORKS:
+        preset = get_model_weights(name)["DEFAULT"].transforms()
+        mean, std = preset.mean, preset.std
     if in_channels == 3:
-        return preset.mean, preset.std
-    return (sum(preset.mean) / 3,), (sum(preset.std) / 3,)
+        return mean, std
+    return (sum(mean) / 3,), (sum(std) / 3,)
 
 
 def replace_first_convolution(network: nn.Module, in_channels: int) -> None:
@@ -135,9 +154,9 @@ def load_pretrained(
         FileNotFoundError: the weights are not on this machine.
         RuntimeError: the file holds something else, or the download failed.
     """
-    if name == "small":
+    if name == "small" or name in CIFAR_NETWORKS:
         raise ValueError(
-            "there are no pretrained weights for network 'small': set --model.pretrained false or choose one of "
+            f"there are no pretrained weights for network {name!r}: set --model.pretrained false or choose one of "
             "torchvision's networks"
         )
     file = weights_file(name, get_model_weights(name)["DEFAULT"], weights_path, download)
@@ -174,6 +193,8 @@ class SmallClassifier(nn.Sequential):
         in_channels: C.
         width: channels of the first stage.
         norm: after each convolution.
+
+    ``taps`` are the names of its stages, as of :mod:`~lightning_modules.supervised.cifar`.
     """
 
     def __init__(
@@ -184,6 +205,7 @@ class SmallClassifier(nn.Sequential):
         super().__init__(
             *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)
         )
+        self.taps = tuple(str(stage) for stage in range(len(stages)))
 
 
 class SmallUNet(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.suites.launch import run
-from tests.suites.members import IDS, MEMBERS, Member
+from tests.suites.members import ANALYSES, IDS, MEMBERS, Member
 
 OSRCI = MEMBERS[0]
 
@@ -106,6 +106,30 @@ def test_one_class_argument(extra: list[str], expected: list[str], tmp_path: Pat
 def test_localization_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
     (acol,) = (member for member in MEMBERS if member.name == "acol")
     line = message(["fit", *acol.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.widths", '["W1A4"]'], ["W1A4", "from 2 to 8"]),
+        (["--model.widths", '["W4A9"]'], ["W4A9", "from 2 to 8"]),
+        (["--model.overrides", '{"0.1.conv": 8}'], ["0.1.conv", "it has: 0.0"]),
+        (["--model.taps", "[layer1]"], ["layer1", "no tap"]),
+        (["--model.norm", "group"], ["dfq, aciq, zeroq, gdfq", "batch norms"]),
+        (["--model.network", "googlenet", "--model.in_channels", "3"], ["--model.taps"]),
+        (["--model.teacher", "no.ckpt"], ["no.ckpt", "--model.teacher"]),
+        (["--model.num_classes", "12"], ["num_classes=12", "10 classes"]),
+        (["--data.image_size", "32"], ["image_size=16", "32", "--model.image_size"]),
+        (["--data.training_images", "false"], ["--model.teacher"]),
+        (["--data.dataset", "cifar10", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_quantization_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (zaq,) = (member for member in MEMBERS if member.name == "zaq")
+    line = message(["fit", *zaq.arguments(), *extra], tmp_path)
     for part in expected:
         assert part in line, line
 
@@ -274,6 +298,29 @@ def test_sets_that_cannot_be_compared(tmp_path: Path) -> None:
         line = message([*command, "--data.fake", fake, *extra], tmp_path)
         for part in expected:
             assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.layer", "layer"], ["'layer'", "--model.layer"]),
+        (["--model.layer", "2.33"], ["'2.33'", "2.3"]),
+        (["--model.units", "[3, 24]"], ["[24]", "12 units"]),
+        (["--model.checkpoint", "no.ckpt", "--model.network", "null"], ["no.ckpt"]),
+        (["--model.network", "resnet19"], ["resnet19", "resnet18"]),
+        (["--data.dataset", "camvid", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+        (["--data.dataset", "broden", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+        (["--data.limit", "3"], ["--data.shapes_test"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_dissection_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
+    (dissection,) = (
+        member for member in ANALYSES if member.config.endswith("dissection/shapes.yaml")
+    )
+    line = message(["test", *dissection.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
 
 
 def test_more_known_classes_than_exist(tmp_path: Path) -> None:
