@@ -36,9 +36,9 @@ from lightning_modules.metrics.localization import (
     MaxBoxAccV2,
     PxAP,
 )
+from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.norm import Norm
-from lightning_modules.paper import PaperModule
 
 ClassifyWith = Literal["a", "b", "mean"]
 EraseClass = Literal["each", "predicted", "label"]
@@ -60,7 +60,7 @@ class Localization(NamedTuple):
     """[B, T, h, w] in [0, 1], at the resolution of the features."""
 
 
-class ACoL(PaperModule):
+class ACoL(NamedClasses):
     """Backbone, chain of classifiers, and on demand a CAM baseline beside it on the same batches.
 
     Args:
@@ -154,7 +154,6 @@ class ACoL(PaperModule):
             "smooth": (backbone == "vgg16" and not variant) if smooth is None else smooth,
         }
         trunk = build_backbone(backbone, stride, pool, width, norm)
-        self._missing_weights: FileNotFoundError | None = None
         if pretrained:
             try:
                 trunk.load_pretrained(weights_path, download)
@@ -530,47 +529,6 @@ class ACoL(PaperModule):
         names = [self.class_names[k] for k in label.tolist()]
         corners = dict(zip(("x0", "y0", "x1", "y1"), boxes.T, strict=True))
         return {"label": names, "confidence": confidence, **corners}
-
-    # ------------------------------------------------------------------ data and checkpoints
-    def setup(self, stage: str) -> None:
-        """Refuses to start without the weights that were asked for, and takes the class names from the data.
-
-        Raises:
-            FileNotFoundError: the pretrained weights are not on this machine and no checkpoint replaces them.
-            ValueError: if the data have another number of classes.
-        """
-        if self.trainer.ckpt_path is None:
-            self.require_weights()
-        data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "class_names", None)
-        if stage == "predict" or names is None:
-            return
-        if len(names) != self.hp.num_classes:
-            raise ValueError(
-                f"the model has num_classes={self.hp.num_classes}, the data have {len(names)} classes "
-                f"({', '.join(names[:20])}); set --model.num_classes {len(names)}"
-            )
-        self.class_names = list(names)
-
-    def require_weights(self) -> None:
-        """Does nothing if the pretrained weights that were asked for are there, or a checkpoint came in their place.
-
-        Raises:
-            FileNotFoundError: they are missing.
-        """
-        if self._missing_weights is not None:
-            raise self._missing_weights
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the class names."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["class_names"] = self.class_names
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the class names back; pretrained weights are not needed any more."""
-        super().on_load_checkpoint(checkpoint)
-        self.class_names = list(checkpoint["class_names"])
-        self._missing_weights = None
 
 
 def one_cycle(step: int, length: int) -> tuple[float, float]:

@@ -55,5 +55,15 @@ def frechet_distance_of_features(real: Tensor, fake: Tensor) -> Tensor:
     Returns:
         Scalar, float64.
     """
-    moments = [(x.double().mean(0), x.double().T.cov()) for x in (real, fake)]
-    return frechet_distance(*moments[0], *moments[1])
+    centred = [x.double() - x.double().mean(0) for x in (real, fake)]
+    if max(len(real), len(fake)) >= real.shape[1]:
+        moments = [
+            (x.double().mean(0), c.T.cov()) for x, c in zip((real, fake), centred, strict=True)
+        ]
+        return frechet_distance(*moments[0], *moments[1])
+    # Fewer images than features: the same from their inner products, whose matrix is the smaller one.
+    scale = [(len(c) - 1) ** -0.5 for c in centred]
+    overlap = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() * scale[0] * scale[1]
+    spread = sum(c.square().sum() * s**2 for c, s in zip(centred, scale, strict=True)) - 2 * overlap
+    shift = (real.double().mean(0) - fake.double().mean(0)).square().sum()
+    return (shift + spread).clamp_min(0)

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from lightning_modules.adversarial import AdversarialModule
 from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
+from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.modes import eval_mode
 from lightning_modules.osrci.counterfactual import (
     generate_open_set,
@@ -79,7 +80,7 @@ ROWS = {
 """Rows of the open-set table in the order in which they are printed."""
 
 
-class OSRCIModule(AdversarialModule):
+class OSRCIModule(NamedClasses, AdversarialModule):
     """Encoder, generator, discriminator, classifier and the K+1 classifiers, trained phase by phase.
 
     Args:
@@ -133,6 +134,7 @@ class OSRCIModule(AdversarialModule):
     """
 
     bar_terms = ("reconstruction", "classification", "closed", "open")
+    kind_of_classes = "known classes"
     gradient_penalised = ("discriminator",)
 
     def __init__(
@@ -745,31 +747,3 @@ class OSRCIModule(AdversarialModule):
         with eval_mode(self.generator):
             gaussian = gaussian.to(next(self.generator.parameters()))
             return self.generator(normalize_latent(gaussian, hp.scale, hp.normalize))
-
-    # ------------------------------------------------------------------ data and checkpoints
-    def setup(self, stage: str) -> None:
-        """Takes the class names from the data.
-
-        Raises:
-            ValueError: if the data have another number of known classes.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, "class_names", None)
-        if stage == "predict" or names is None:
-            return
-        if len(names) != self.hp.num_classes:
-            raise ValueError(
-                f"the model has num_classes={self.hp.num_classes}, the data have {len(names)} known classes "
-                f"({', '.join(names)}); set --model.num_classes {len(names)} or choose another split"
-            )
-        self.class_names = list(names)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the class names."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["class_names"] = self.class_names
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the class names back."""
-        super().on_load_checkpoint(checkpoint)
-        self.class_names = list(checkpoint["class_names"])

@@ -8,8 +8,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.functional import normalize
 
+from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.norm import Norm
-from lightning_modules.paper import PaperModule
 from lightning_modules.supervised.networks import (
     Statistics,
     Task,
@@ -23,7 +23,7 @@ OptimizerName = Literal["adam", "sgd"]
 Schedule = Literal["constant", "cosine"]
 
 
-class SupervisedModule(PaperModule):
+class SupervisedModule(NamedClasses):
     """A network, one loss, one optimizer. Subclasses say what the loss is and how the result is judged.
 
     Args:
@@ -52,8 +52,6 @@ class SupervisedModule(PaperModule):
     """
 
     task: ClassVar[Task]
-    classes_attribute: ClassVar[str]
-    """Where a DataModule keeps the names of the classes."""
 
     bar_terms = ("loss",)
 
@@ -88,7 +86,6 @@ class SupervisedModule(PaperModule):
                     f"unknown {name}={self.hp[name]!r} (--model.{name}); choose one of {', '.join(get_args(allowed))}"
                 )
         self.statistics: Statistics | None = None
-        self._missing_weights: FileNotFoundError | None = None
         if isinstance(network, str):
             self.network = build_network(
                 self.task, network, num_classes, 3 if pretrained else in_channels, width, norm
@@ -176,43 +173,3 @@ class SupervisedModule(PaperModule):
         if hp.lr_schedule == "constant":
             return optimizer
         return [optimizer], [CosineAnnealingLR(optimizer, hp.epochs)]
-
-    def setup(self, stage: str) -> None:
-        """Refuses to start without the weights that were asked for, and takes the class names from the data.
-
-        Raises:
-            FileNotFoundError: the pretrained weights are not on this machine and no checkpoint replaces them.
-            ValueError: if the data have another number of classes.
-        """
-        if self.trainer.ckpt_path is None:
-            self.require_weights()
-        data = getattr(self.trainer, "datamodule", None)
-        names = getattr(data, self.classes_attribute, None)
-        if stage == "predict" or not names:
-            return
-        if len(names) != self.hp.num_classes:
-            raise ValueError(
-                f"the model has num_classes={self.hp.num_classes}, the data have {len(names)} classes "
-                f"({', '.join(map(str, names[:20]))}); set --model.num_classes {len(names)}"
-            )
-        self.class_names = [str(name) for name in names]
-
-    def require_weights(self) -> None:
-        """Does nothing if the pretrained weights that were asked for are there, or a checkpoint came in their place.
-
-        Raises:
-            FileNotFoundError: they are missing.
-        """
-        if self._missing_weights is not None:
-            raise self._missing_weights
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the class names."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["class_names"] = self.class_names
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the class names back; pretrained weights are not needed any more."""
-        super().on_load_checkpoint(checkpoint)
-        self.class_names = list(checkpoint["class_names"])
-        self._missing_weights = None

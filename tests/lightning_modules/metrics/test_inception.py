@@ -5,7 +5,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from lightning_modules.metrics.frechet import frechet_distance
+from lightning_modules.metrics.frechet import frechet_distance, frechet_distance_of_features
 from lightning_modules.metrics.inception import inception_score_from_probs
 
 
@@ -61,3 +61,13 @@ def test_splits_are_contiguous_and_the_remainder_is_dropped() -> None:
 def test_score_errors(splits: int) -> None:
     with pytest.raises(ValueError, match=rf"splits={splits} must be in 1\.\.5"):
         inception_score_from_probs(torch.ones(5, 2) / 2, splits)
+
+
+@pytest.mark.parametrize(("real", "fake"), [(50, 40), (7, 5), (4, 30)])
+def test_distance_of_features_is_that_of_their_moments(real: int, fake: int) -> None:
+    """Also with fewer samples than dimensions, from inner products; there roots of rounding errors blur the moments."""
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(n, 12, generator=generator) * (1 + n) + n for n in (real, fake)]
+    moments = [(x.double().mean(0), x.double().T.cov()) for x in sets]
+    expected = frechet_distance(*moments[0], *moments[1])
+    assert frechet_distance_of_features(*sets) == pytest.approx(float(expected), rel=1e-5)
