@@ -32,7 +32,7 @@ from datamodules.attribute_sources import (
     SceneAttributes,
 )
 from datamodules.attribute_splits import balanced_label_split, identity_label_split
-from datamodules.base import AdversariaDataModule
+from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.sampler import ShardedSampler
 from datamodules.shapes_options import SceneOptions
@@ -382,7 +382,7 @@ class AttributeDataModule(AdversariaDataModule):
         if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
             pictures_to_predict(self.predict_folder)
         else:
-            self.source.check(_parts(stage))
+            self.source.check(parts_of(stage))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens what the stage needs; what was opened before is kept."""
@@ -390,7 +390,7 @@ class AttributeDataModule(AdversariaDataModule):
             if self.pictures is None:
                 self.pictures = open_pictures(self.predict_folder, self.image_size)
             return
-        parts = [part for part in _parts(stage) if getattr(self, part) is None]
+        parts = [part for part in parts_of(stage) if getattr(self, part) is None]
         self.source.check(parts)
         opened = {part: self.source.open(part) for part in parts}
         if "train" in opened:
@@ -709,7 +709,7 @@ class JointAttributeDataModule(AdversariaDataModule):
             pictures_to_predict(self.predict_folder)
             return
         for member in self.members:
-            member.source.check(_parts(stage))
+            member.source.check(parts_of(stage))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens what the stage needs of every data set; what was opened before is kept."""
@@ -719,7 +719,7 @@ class JointAttributeDataModule(AdversariaDataModule):
             return
         for member in self.members:
             member.setup(stage)
-        parts = _parts(stage)
+        parts = parts_of(stage)
         if "train" in parts and self.train is None:
             pools = [member.training_pools() for member in self.members]
             named = {str(i): pool.pools[""] for i, pool in enumerate(pools)}
@@ -859,12 +859,3 @@ def _demand_same(then: Sequence[str], now: Sequence[str]) -> None:
             f"the checkpoint was trained on the attributes {', '.join(then)}, but the data have "
             f"{', '.join(now)}; use the same --data.attributes in the same order"
         )
-
-
-def _parts(stage: TrainerFn | str | None) -> tuple[str, ...]:
-    return {
-        "fit": ("train", "val"),
-        "validate": ("val",),
-        "test": ("test",),
-        "predict": ("test",),
-    }.get(str(getattr(stage, "value", stage)), PARTS)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,6 +18,19 @@ from lightning_modules.randomness import keyed_generator
 def _whole_batch(batch: Any) -> Any:
     """Collate function for datasets whose ``__getitems__`` already returns a batch."""
     return batch
+
+
+PARTS = ("train", "val", "test")
+
+
+def parts_of(stage: TrainerFn | str | None) -> tuple[str, ...]:
+    """The parts of a data set that a stage needs; all of them for no stage in particular."""
+    return {
+        "fit": ("train", "val"),
+        "validate": ("val",),
+        "test": ("test",),
+        "predict": ("test",),
+    }.get(str(getattr(stage, "value", stage)), PARTS)
 
 
 class AdversariaDataModule(LightningDataModule):

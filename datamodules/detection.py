@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchvision.datasets import VOCDetection
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.shapes import Scenes
 from datamodules.shapes_options import SceneOptions
@@ -160,7 +160,7 @@ class DetectionDataModule(AdversariaDataModule):
         if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
             pictures_to_predict(self.predict_folder)
         elif self.dataset != "shapes":
-            for part in _parts(stage):
+            for part in parts_of(stage):
                 self._voc(part)
 
     def setup(self, stage: str | None = None) -> None:
@@ -173,7 +173,7 @@ class DetectionDataModule(AdversariaDataModule):
                     files, self.image_size, original_sizes=torch.tensor(sizes)
                 )
             return
-        for part in _parts(stage):
+        for part in parts_of(stage):
             if getattr(self, part) is None:
                 opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
                 setattr(self, part, opened)
@@ -402,12 +402,3 @@ def _mirror(boxes: Tensor, mirrored: Tensor, width: int) -> Tensor:
     turned = torch.stack([width - 1 - x1, y0, width - 1 - x0, y1], -1)
     chosen = mirrored.to(boxes.device)[:, None] & (x0 >= 0)
     return torch.where(chosen[..., None], turned, boxes)
-
-
-def _parts(stage: TrainerFn | str | None) -> tuple[str, ...]:
-    return {
-        "fit": ("train", "val"),
-        "validate": ("val",),
-        "test": ("test",),
-        "predict": ("test",),
-    }.get(str(getattr(stage, "value", stage)), ("train", "val", "test"))

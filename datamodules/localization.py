@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.boxes import Framing, framed_boxes
 from datamodules.datasets import (
     BatchDataset,
@@ -213,7 +213,7 @@ class LocalizationDataModule(AdversariaDataModule):
         if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
             pictures_to_predict(self.predict_folder)
         elif self.dataset != "shapes":
-            for part in _parts(stage):
+            for part in parts_of(stage):
                 self._source().check(Path(self.root).expanduser(), part)
 
     def setup(self, stage: str | None = None) -> None:
@@ -222,7 +222,7 @@ class LocalizationDataModule(AdversariaDataModule):
             if self.pictures is None:
                 self.pictures = self._open_folder(self.predict_folder)
             return
-        for part in _parts(stage):
+        for part in parts_of(stage):
             if getattr(self, part) is None:
                 setattr(
                     self, part, self._draw(part) if self.dataset == "shapes" else self._open(part)
@@ -390,12 +390,3 @@ class LocalizedScenes(Scenes):
         boxes = boxes.gather(1, order[..., None].expand_as(boxes))
         kept = {name: batch[name] for name in ("image", "label", "index")}
         return {**kept, "boxes": boxes, "mask": mask}
-
-
-def _parts(stage: TrainerFn | str | None) -> tuple[str, ...]:
-    return {
-        "fit": ("train", "val"),
-        "validate": ("val",),
-        "test": ("test",),
-        "predict": ("test",),
-    }.get(str(getattr(stage, "value", stage)), ("train", "val", "test"))

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import PARTS, AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.sampler import ShardedSampler
 from datamodules.shapes_options import SceneOptions
@@ -35,7 +35,6 @@ PAIRINGS = ("random", "permute", "serial")
 LOAD_SIZE, CROP_SIZE = 286, 256
 DIGIT_SIZE = 32
 VAL_FRACTION = 0.1
-PARTS = ("train", "val", "test")
 DUSK = ("0001TP",)
 SCENES = SceneOptions()
 
@@ -297,7 +296,7 @@ class UnpairedDataModule(AdversariaDataModule):
         if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
             pictures_to_predict(self.predict_folder)
         else:
-            self._domains.check(_parts(stage))
+            self._domains.check(parts_of(stage))
 
     def setup(self, stage: str | None = None) -> None:
         """Opens what the stage needs; what was opened before is kept."""
@@ -305,7 +304,7 @@ class UnpairedDataModule(AdversariaDataModule):
             if self.pictures is None:
                 self.pictures = self._open_folder(self.predict_folder)
             return
-        parts = [part for part in _parts(stage) if getattr(self, f"{part}_a") is None]
+        parts = [part for part in parts_of(stage) if getattr(self, f"{part}_a") is None]
         if not parts:
             return
         self._domains.check(parts)
@@ -510,12 +509,3 @@ def _other_scenes(options: SceneOptions, changed: dict[str, Any] | None) -> Scen
             "--data.shapes_b '{domain: sketch}'"
         )
     return other
-
-
-def _parts(stage: TrainerFn | str | None) -> tuple[str, ...]:
-    return {
-        "fit": ("train", "val"),
-        "validate": ("val",),
-        "test": ("test",),
-        "predict": ("test",),
-    }.get(str(getattr(stage, "value", stage)), PARTS)
