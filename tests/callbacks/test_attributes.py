@@ -29,7 +29,7 @@ def drawn(ground: Tensor, attributes: Tensor) -> Tensor:
     return image
 
 
-class Translator(PaperModule):
+class AttributeTranslator(PaperModule):
     """``truth``, ``nothing``, or ``wrong``: blue whatever is asked for."""
 
     def __init__(self, does: str = "truth") -> None:
@@ -123,7 +123,7 @@ def judged(
     folder: Path, does: str = "truth", data: Data | None = None, **options: Any
 ) -> dict[str, float]:
     trainer = boring_trainer(folder, callbacks=[report(**options)])
-    trainer.test(Translator(does), datamodule=data or Data(), verbose=False)
+    trainer.test(AttributeTranslator(does), datamodule=data or Data(), verbose=False)
     prefix = "test/attributes/"
     return {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items()}
 
@@ -213,7 +213,7 @@ def test_judges_do_not_depend_on_the_run(tmp_path: Path) -> None:
 
 def test_grid_during_the_training(tmp_path: Path) -> None:
     trainer = boring_trainer(tmp_path, max_epochs=4, callbacks=[report(every_n_epochs=2)])
-    trainer.fit(Translator(), datamodule=Data())
+    trainer.fit(AttributeTranslator(), datamodule=Data())
     names = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert names == ["val-attributes-1.png", "val-attributes-3.png"]
 
@@ -222,11 +222,11 @@ TWO = """
 import sys
 from pathlib import Path
 from tests.callbacks.boring import boring_trainer
-from tests.callbacks.test_attributes import Data, Translator, report
+from tests.callbacks.test_attributes import Data, AttributeTranslator, report
 
 for name, options in (("two", {"devices": 2, "strategy": "ddp_fork"}), ("one", {})):
     trainer = boring_trainer(Path(sys.argv[1]) / name, callbacks=[report()], **options)
-    trainer.test(Translator(), datamodule=Data(), verbose=False)
+    trainer.test(AttributeTranslator(), datamodule=Data(), verbose=False)
 """
 
 
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     def fails(message: str, module: Any = None, data: Any = None) -> None:
         trainer = boring_trainer(tmp_path, callbacks=[report()])
         with pytest.raises(MisconfigurationException, match=message):
-            trainer.test(module or Translator(), datamodule=data or Data(), verbose=False)
+            trainer.test(module or AttributeTranslator(), datamodule=data or Data(), verbose=False)
 
     fails("translate, BoringGAN has no translate", BoringGAN())
     nameless = Data()
