@@ -13,6 +13,9 @@ class Member:
         overlay: further configuration, for what overrides cannot reach: arguments of callbacks.
         tiny: overrides that make the whole recipe, all phases included, a matter of seconds.
         parity: overrides that take out what depends on the local batch by nature.
+        rounding: largest relative difference that rounding may make between one and two processes, and the magnitude
+            below which tensors are compared absolutely. A game of two networks multiplies rounding, and a bias that no
+            loss depends on is nothing else.
         boundary: method called once for each piece of work between two phases; a kill in its second call must be
             harmless.
         batches: (in the first phase, in the last phase) batch counts at which a kill must be harmless.
@@ -24,6 +27,7 @@ class Member:
     overlay: str | None = None
     tiny: dict[str, object] = field(default_factory=dict)
     parity: dict[str, object] = field(default_factory=dict)
+    rounding: tuple[float, float] = (1e-9, 1e-12)
     boundary: str | None = None
     batches: tuple[int, int] = (2, 5)
     trains: bool = True
@@ -64,6 +68,8 @@ TINY_ATTRIBUTES: dict[str, object] = {
     "model.steps_per_epoch": 3,
     "trainer.log_every_n_steps": 1,
 }
+
+GAME = (1e-8, 1e-4)
 
 ALL = [
     Member(
@@ -130,6 +136,7 @@ ALL = [
         tiny={**TINY_TRANSLATION, "model.pool_size": 5},
         # A bias before an instance norm has no gradient, so that Adam follows the rounding.
         parity={"model.norm": "group"},
+        rounding=GAME,
         batches=(2, 8),
     ),
     Member(
@@ -138,6 +145,7 @@ ALL = [
         "tests/suites/quick_judges.yaml",
         tiny={**TINY_TRANSLATION, "model.pool_size": 5, "model.siamese_width": 2},
         parity={"model.norm": "group", "model.siamese_norm": "none"},
+        rounding=GAME,
         batches=(2, 8),
     ),
     Member(
