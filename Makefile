@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# Tests of one group share what they prepare; see tests/conftest.py.
+PARALLEL := --numprocesses auto --dist loadgroup
 
 .PHONY: demo test slow lint format bench venv clean
 
@@ -10,7 +12,7 @@ demo: venv  ## open-set recognition on handwritten digits: about two minutes, pr
 	$(RUN) train.py fit -c configs/osrci/digits.yaml
 
 test: venv  ## the whole test suite except what takes minutes
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 slow: venv  ## the tests that take minutes
 	$(RUN) -m pytest -m slow

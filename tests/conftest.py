@@ -26,6 +26,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share an expensive preparation run in one worker: those of a file, but for the suites."""
+    for item in items:
+        group = item.path.stem
+        parameters = getattr(item, "callspec", None)
+        if item.path.parent.name == "suites" and parameters is not None:
+            shared = parameters.params.get("uninterrupted")
+            group = shared.name if shared else item.nodeid
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{group}"))
+
+
 def _is_local(address: Any) -> bool:
     if not isinstance(address, tuple):  # a Unix socket
         return True
