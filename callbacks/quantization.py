@@ -17,14 +17,13 @@ from lightning_modules.zaq.export import (
     verify_onnx,
 )
 
-NOTES = ("accuracy x100 on all test images",)
-
 
 class QuantizationReport(Callback):
-    """Prints and stores the accuracy of every method at every width.
+    """Prints and stores the score of every method at every width.
 
-    Works with any module that offers ``ready_rows`` (row names), ``row_titles`` (row to description) and
-    ``column_names`` (widths), and logs ``test/ROW/WIDTH``. A module may offer ``table_notes``, lines below the table.
+    Works with any module that offers ``ready_rows`` (row names), ``row_titles`` (row to description),
+    ``column_names`` (widths) and ``score_name`` (``accuracy``, for instance), and logs ``test/ROW/WIDTH`` in [0, 1]. A
+    module may offer ``table_notes``, lines below the table.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -33,7 +32,7 @@ class QuantizationReport(Callback):
         Raises:
             MisconfigurationException: if the module compares nothing.
         """
-        require(self, pl_module, "ready_rows", "row_titles", "column_names")
+        require(self, pl_module, "ready_rows", "row_titles", "column_names", "score_name")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``quantization_table.txt`` and its CSV, prints the table and where it is."""
@@ -50,7 +49,8 @@ class QuantizationReport(Callback):
         ]
         data = getattr(getattr(trainer, "datamodule", None), "split_info", {})
         title = f"Quantization without data, {data.get('dataset', 'test set')}"
-        notes = [*NOTES, *getattr(module, "table_notes", ())]
+        notes = [f"{module.score_name} x100 on all test images"]
+        notes += getattr(module, "table_notes", ())
         columns = ["method", *module.column_names]
         print(f"wrote {write_table(trainer, 'quantization', title, columns, rows, notes)}")
 
@@ -59,15 +59,17 @@ class IntegerExport(Callback):
     """Writes the quantized networks as integer ONNX files after a test, and proves what they are.
 
     Every network becomes ``WIDTH.onnx`` in the run directory, beside ``float.onnx``. Each is run by onnxruntime, fully
-    optimised, on all test images and compared with the integer network in torch. Once the table is written the run
-    fails where a decision or a logit differs, unless told otherwise; it fails where onnxruntime would not use integers.
-    Size and latency are those on this machine's CPU.
+    optimised, on all test images and compared with the integer network in torch, in all of its outputs. Once the table
+    is written the run fails where a decision or an output differs, unless told otherwise; it fails where onnxruntime
+    would not use integers. Size and latency are those on this machine's CPU.
 
     Works with any module that offers ``deployable_networks()`` (name to the result of ``quantize_model``),
-    ``float_network``, and ``to_network(images)``, and a DataModule whose ``test`` has ``batch(indices)``.
+    ``float_network``, ``to_network(images)``, ``class_axis`` (of the class scores, the first output), ``new_score()``
+    (a metric), ``judge(metric, network, batch)`` and ``score_name``, and a DataModule whose ``test`` has
+    ``batch(indices)``.
 
     Args:
-        tolerance: largest difference of a logit.
+        tolerance: largest difference of an output.
         strict: fail where more differs; otherwise the table says so.
         min_integer_kernels: layers that must be integer arithmetic in each file; 0 demands none.
         latency_batch: images of a call whose time is measured.
@@ -105,7 +107,8 @@ class IntegerExport(Callback):
         Raises:
             MisconfigurationException: if the module has nothing to export.
         """
-        require(self, pl_module, "deployable_networks", "float_network", "to_network")
+        offered = ("deployable_networks", "float_network", "to_network", "class_axis")
+        require(self, pl_module, *offered, "new_score", "judge", "score_name")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes, verifies and measures; prints ``export_table.txt``.
@@ -127,9 +130,10 @@ class IntegerExport(Callback):
             finally:
                 module.to(device)
         columns = ["network", "size (KB)", f"us / {self.latency_batch} image(s)", "integer layers"]
-        columns += ["float layers", "same label %", "max diff x1e6", "accuracy"]
+        columns += ["float layers", "same label %", "max diff x1e6", "score"]
         notes = [
             "same label, max diff: onnxruntime against the same network in torch, on all test images",
+            f"score: {module.score_name} x100 of the network in torch",
             f"us: median of {self.latency_runs} calls, one thread, onnxruntime on this CPU",
             *wrong,
         ]
@@ -142,7 +146,7 @@ class IntegerExport(Callback):
         self, trainer: Trainer, module: Any, test_set: Any
     ) -> tuple[list[list[Any]], list[str]]:
         """Rows of the table, and what is wrong with the files."""
-        sample = next(_batches(module, test_set, self.latency_batch))[0]
+        sample = next(_inputs(module, test_set, self.latency_batch))
         networks: dict[str, nn.Module] = {"float": module.float_network}
         networks |= {
             name: deploy(quantized) for name, quantized in module.deployable_networks().items()
@@ -151,17 +155,19 @@ class IntegerExport(Callback):
         for name, network in networks.items():
             network = network.float()
             path = export_onnx(network, run_directory(trainer) / f"{name}.onnx", sample)
-            parity = verify_onnx(path, network, (x for x, _ in _batches(module, test_set)))
+            parity = verify_onnx(path, network, _inputs(module, test_set), module.class_axis)
             least = 0 if name == "float" else self.min_integer_kernels
             kernels = demand_integer_kernels(path, least)
             if name != "float" and (parity.agreement < 1 or parity.max_difference > self.tolerance):
                 wrong.append(
-                    f"{path} is not the network it was written from: of {parity.predictions} test images "
-                    f"{100 * parity.agreement:.2f} % get the same label, and logits differ by up to "
+                    f"{path} is not the network it was written from: of {parity.predictions} predictions on the "
+                    f"test images {100 * parity.agreement:.2f} % are the same, and outputs differ by up to "
                     f"{parity.max_difference:.2e} (tolerance {self.tolerance:.0e})"
                 )
             cost = measure_onnx(path, sample, self.latency_runs)
-            right = [network(x).argmax(1) == labels for x, labels in _batches(module, test_set)]
+            score = module.new_score()
+            for batch in _batches(test_set):
+                module.judge(score, network, batch)
             rows.append(
                 [
                     name,
@@ -171,14 +177,19 @@ class IntegerExport(Callback):
                     kernels.floating,
                     100 * parity.agreement,
                     1e6 * parity.max_difference,
-                    100 * float(torch.cat(right).float().mean()),
+                    100 * float(score.compute()),
                 ]
             )
         return rows, wrong
 
 
-def _batches(module: Any, test_set: Any, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels of all test images, on the CPU."""
+def _batches(test_set: Any, size: int = 256) -> Iterator[dict[str, Any]]:
+    """All test images with their truth, on the CPU."""
     for indices in torch.arange(len(test_set)).split(size):
-        batch = test_set.batch(indices)
-        yield module.to_network(batch["image"]), batch["label"]
+        yield test_set.batch(indices)
+
+
+def _inputs(module: Any, test_set: Any, size: int = 256) -> Iterator[Tensor]:
+    """All test images as the networks take them."""
+    for batch in _batches(test_set, size):
+        yield module.to_network(batch["image"])

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.datasets import BatchDataset, unit_interval
+from datamodules.datasets import BatchDataset, Positions, unit_interval
 from datamodules.sampler import ShardedSampler
 from lightning_modules.randomness import keyed_generator
 
@@ -45,6 +45,9 @@ class AdversariaDataModule(LightningDataModule):
     module's dtype), ``label`` and ``index`` (int64 [B]). A batch may also hold several such dicts by
     name, as ``a`` and ``b``; each is then cropped and mirrored by draws of its own.
 
+    A module may offer ``needs_images(epoch) -> bool``; in epochs for which it is false its batches hold ``index``
+    alone, so that it cannot see an image however it is written.
+
     Args:
         batch_size: training batch over all processes together; it must be divisible by their
             number.
@@ -65,6 +68,8 @@ class AdversariaDataModule(LightningDataModule):
     test: Any = None
     pictures: Any = None
     predict_folder: str | None = None
+    training_images: bool = True
+    """Without them there is nothing to train on or to validate on, and every batch of a training holds ``index``."""
 
     def __init__(
         self,
@@ -90,12 +95,28 @@ class AdversariaDataModule(LightningDataModule):
         self.random_crop = random_crop
 
     def train_dataloader(self) -> Any:
-        """Shuffled ``train``."""
+        """Shuffled ``train``, or batches without images.
+
+        Raises:
+            ValueError: the module needs images and ``training_images`` is false.
+        """
+        needs = None
+        if self.trainer is not None:
+            needs = getattr(self.trainer.lightning_module, "needs_images", None)
+        epoch = self._epoch_to_come()
+        if needs is not None and not needs(epoch):
+            return self.train_loader(Positions(self.batch_size))
+        if not self.training_images:
+            raise ValueError(
+                f"epoch {epoch} learns from training images, and --data.training_images is false"
+            )
         assert self.train is not None, "setup('fit') comes first"
         return self.train_loader(self.train)
 
     def val_dataloader(self) -> Any:
-        """``val``, in order."""
+        """``val``, in order; nothing without training images."""
+        if not self.training_images:
+            return []
         assert self.val is not None, "setup('fit') comes first"
         return self.eval_loader(self.val)
 
@@ -119,10 +140,8 @@ class AdversariaDataModule(LightningDataModule):
         Raises:
             ValueError: the global batch cannot be divided over the processes, or exceeds the set.
         """
-        epoch, batches = 0, None
+        epoch, batches = self._epoch_to_come(), None
         if self.trainer is not None:
-            # Lightning sets the epoch only after the workers have begun to prefetch.
-            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
             wanted = getattr(self.trainer.lightning_module, "batches_in_epoch", None)
             batches = None if wanted is None else wanted(epoch)
         if batches is None and len(dataset) < self.batch_size:
@@ -227,6 +246,12 @@ class AdversariaDataModule(LightningDataModule):
         generator = keyed_generator(purpose, trainer.current_epoch, batch_idx)
         drawn = torch.rand(world * local, *shape, generator=generator)
         return drawn[rank * local : (rank + 1) * local]
+
+    def _epoch_to_come(self) -> int:
+        if self.trainer is None:
+            return 0
+        # Lightning sets the epoch only after the workers have begun to prefetch.
+        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
     def _processes(self) -> tuple[int, int]:
         """Number of processes and the rank of this one."""

@@ -1,6 +1,5 @@
-"""Classification: all classes of an image set, and epochs without any image for whoever must not see one."""
+"""Classification: all classes of an image set."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
-    BatchDataset,
     ImageArrayDataset,
     pictures_to_predict,
     read_pictures_to_predict,
@@ -16,25 +14,10 @@ from datamodules.datasets import (
 from datamodules.sources import class_names_of, draw_per_class, open_source, prepare_source
 
 
-class Positions(BatchDataset):
-    """A set of nothing but ``index``, for epochs in which a module must not see any data."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitems__(self, indices: Sequence[int] | torch.Tensor) -> dict[str, Any]:
-        """``index`` int64 [B]."""
-        return {"index": torch.as_tensor(indices, dtype=torch.int64)}
-
-
 class ClassificationDataModule(AdversariaDataModule):
     """An image set with all of its classes.
 
-    - Training: training images without a held-out part. A module may offer ``needs_images(epoch) -> bool``; in epochs
-      for which it is false its batches hold ``index`` alone, so that it cannot see an image however it is written.
+    - Training: training images without a held-out part.
     - Validation: that held-out part, drawn in the same way in every run, whatever its seed.
     - Test: all test images.
 
@@ -142,28 +125,6 @@ class ClassificationDataModule(AdversariaDataModule):
         if needs_test and self.test is None:
             self.test = self._read(train=False, limit=self.test_limit)[0]
             self._counts["test"] = len(self.test)
-
-    def train_dataloader(self) -> Any:
-        """Shuffled training images, or batches without images.
-
-        Raises:
-            ValueError: the module needs images and ``training_images`` is false.
-        """
-        epoch, needs = 0, None
-        if self.trainer is not None:
-            epoch = self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-            needs = getattr(self.trainer.lightning_module, "needs_images", None)
-        if needs is not None and not needs(epoch):
-            return self.train_loader(Positions(self.batch_size))
-        if not self.training_images:
-            raise ValueError(
-                f"epoch {epoch} learns from training images, and --data.training_images is false"
-            )
-        return super().train_dataloader()
-
-    def val_dataloader(self) -> Any:
-        """The held-out part, in order; nothing without training images."""
-        return super().val_dataloader() if self.training_images else []
 
     def _read_training_half(self) -> None:
         whole, labels = self._read(train=True, limit=None)

@@ -64,6 +64,20 @@ class BatchDataset(Dataset):
         return batch
 
 
+class Positions(BatchDataset):
+    """A set of nothing but ``index``, for epochs in which a module must not see any data."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> dict[str, Any]:
+        """``index`` int64 [B]."""
+        return {"index": torch.as_tensor(indices, dtype=torch.int64)}
+
+
 class ImageArrayDataset(BatchDataset):
     """A labelled set of images of one size, kept as bytes.
 

@@ -52,6 +52,8 @@ class DetectionDataModule(AdversariaDataModule):
         batch_size: training batch over all processes together.
         eval_batch_size: batch of one process in validation, test and prediction.
         num_workers: loader processes; use some where pictures are decoded batch by batch.
+        training_images: read more than the test set; without them there is no training set and no validation, and a
+            module that trains must need no image.
         cache_limit: a part that takes at most so many GiB stays drawn or decoded in memory (of every process).
         shapes: what scenes show; by default up to three objects. Those whose class is ``shapes.label`` are found.
         shapes_train: number of scenes to train on.
@@ -79,6 +81,7 @@ class DetectionDataModule(AdversariaDataModule):
         batch_size: int = 32,
         eval_batch_size: int = 64,
         num_workers: int = 0,
+        training_images: bool = True,
         cache_limit: float = 2.0,
         shapes: SceneOptions = SEVERAL,
         shapes_train: int = 2000,
@@ -115,11 +118,13 @@ class DetectionDataModule(AdversariaDataModule):
             horizontal_flip=not drawn if horizontal_flip is None else horizontal_flip,
         )
         # As a dict, since a checkpoint with an object of ours would not load with weights_only.
-        self.save_hyperparameters(ignore=["shapes"])
-        self.save_hyperparameters({"shapes": asdict(shapes)})
+        self.save_hyperparameters(ignore=["shapes", "image_size"])
+        # The size it comes to, or it would contradict a module's.
+        self.save_hyperparameters({"shapes": asdict(shapes), "image_size": side})
         self.dataset = dataset
         self.root = root
         self.image_size = side
+        self.training_images = training_images
         self.cache_limit = cache_limit
         self.shapes = shapes
         self.shapes_seed = shapes_seed
@@ -160,7 +165,7 @@ class DetectionDataModule(AdversariaDataModule):
         if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
             pictures_to_predict(self.predict_folder)
         elif self.dataset != "shapes":
-            for part in parts_of(stage):
+            for part in self._parts(stage):
                 self._voc(part)
 
     def setup(self, stage: str | None = None) -> None:
@@ -173,7 +178,7 @@ class DetectionDataModule(AdversariaDataModule):
                     files, self.image_size, original_sizes=torch.tensor(sizes)
                 )
             return
-        for part in parts_of(stage):
+        for part in self._parts(stage):
             if getattr(self, part) is None:
                 opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
                 setattr(self, part, opened)
@@ -201,6 +206,9 @@ class DetectionDataModule(AdversariaDataModule):
                 f"{', '.join(self.class_names)}; set --data.dataset and --data.shapes to data of the same classes"
             )
 
+    def _parts(self, stage: TrainerFn | str | None) -> tuple[str, ...]:
+        return parts_of(stage) if self.training_images else ("test",)
+
     def _draw(self, part: str) -> BatchDataset:
         options, count = self.shapes, self._scenes[part]
         scenes = ObjectScenes(options, self.shapes_seed, count, FIRST_SCENE[part])
@@ -213,6 +221,11 @@ class DetectionDataModule(AdversariaDataModule):
     def _open(self, part: str) -> BatchDataset:
         pictures, annotations = self._voc(part)
         objects = read_voc_objects(annotations, f"annotations of {self.dataset} {part}")
+        if all(difficult for found in objects for difficult in found.difficult):
+            raise ValueError(
+                f"{len(pictures)} pictures of {self.dataset} {part} have no object that is not marked as difficult; "
+                f"look at {annotations[0].parent}"
+            )
         dataset = ObjectPictureDataset(pictures, self.image_size, objects)
         if self._fits(len(dataset)):
             dataset.keep(f"{self.dataset} {part}")

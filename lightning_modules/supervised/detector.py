@@ -92,8 +92,14 @@ class Detector(SupervisedModule):
         """SSD's loss, a scalar: the sum of :meth:`loss_terms`."""
         return torch.stack([*self.loss_terms(batch).values()]).sum()
 
-    def loss_terms(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss_terms(
+        self, batch: dict[str, Any], network: nn.Module | None = None
+    ) -> dict[str, Tensor]:
         """The parts of SSD's loss for a batch with ``image``, ``boxes`` and ``object_labels``.
+
+        Args:
+            batch: see above.
+            network: see :meth:`detect`.
 
         Returns:
             ``classification``: cross entropy of the default boxes that match an object, and of three times as many
@@ -103,7 +109,7 @@ class Detector(SupervisedModule):
         Raises:
             ValueError: a class that the network does not know.
         """
-        network, labels = self.network, batch["object_labels"]
+        ssd, labels = self.network, batch["object_labels"]
         wrong = labels[(labels < -1) | (labels >= self.hp.num_classes)]
         if len(wrong):
             raise ValueError(
@@ -111,17 +117,18 @@ class Detector(SupervisedModule):
                 "--model.num_classes"
             )
         inputs = self.to_network(batch["image"])
-        outputs, anchors = self._outputs(network, inputs), network.default_boxes(inputs)
+        outputs = self._outputs(ssd if network is None else network, inputs)
+        anchors = ssd.default_boxes(inputs)
         targets, matches = [], []
         for boxes, classes in zip(batch["boxes"], labels, strict=True):
             real = (classes >= 0) & (boxes[:, 0] >= 0)
             corners = boxes[real].to(anchors) + anchors.new_tensor(EDGES)
             targets.append({"boxes": corners, "labels": classes[real] + 1})
             if len(corners):
-                matches.append(network.proposal_matcher(box_iou(corners, anchors)))
+                matches.append(ssd.proposal_matcher(box_iou(corners, anchors)))
             else:
                 matches.append(labels.new_full((len(anchors),), -1))
-        found = network.compute_loss(targets, outputs, [anchors] * len(targets), matches)
+        found = ssd.compute_loss(targets, outputs, [anchors] * len(targets), matches)
         matched = (torch.stack(matches) >= 0).sum().to(found["classification"].dtype)
         share = self._share_of_matches(matched)
         return {
@@ -193,23 +200,25 @@ class Detector(SupervisedModule):
         metric = DetectionAveragePrecision(self.hp.num_classes)
         with eval_mode(self, network):
             for batch in batches:
-                self._judge(metric, self.detect(batch["image"], network), batch)
+                self.judge(metric, batch, network)
         return metric.compute()
 
-    @staticmethod
-    def _judge(
+    def judge(
+        self,
         metric: DetectionAveragePrecision,
-        detections: list[dict[str, Tensor]],
         batch: dict[str, Any],
+        network: nn.Module | None = None,
     ) -> None:
+        """Adds what is found in a batch to a metric, see :meth:`average_precision`."""
         truth = batch["boxes"], batch["object_labels"], batch["index"]
+        detections = self.detect(batch["image"], network)
         metric.update(detections, *truth, difficult=batch.get("difficult"))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and detections."""
         self.val_loss.update(self.loss(batch), len(batch["image"]))
         self.log("val/loss", self.val_loss, on_step=False, on_epoch=True)
-        self._judge(self.val_precision, self.detect(batch["image"]), batch)
+        self.judge(self.val_precision, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/map``."""
@@ -218,7 +227,7 @@ class Detector(SupervisedModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Detections."""
-        self._judge(self.test_precision, self.detect(batch["image"]), batch)
+        self.judge(self.test_precision, batch)
 
     def on_test_epoch_end(self) -> None:
         """Logs ``test/map`` and the average precision of each class that has objects."""
@@ -230,7 +239,15 @@ class Detector(SupervisedModule):
         self.test_precision.reset()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """The objects found in every image.
+        """The objects found in every image, see :meth:`columns`."""
+        return self.columns(batch)
+
+    def columns(self, batch: dict[str, Any], network: nn.Module | None = None) -> dict[str, Any]:
+        """What a prediction reports of a batch.
+
+        Args:
+            batch: with ``image``.
+            network: see :meth:`detect`.
 
         Returns:
             Columns ``count`` ([B], objects of at least ``score_threshold``) and ``objects`` (a list of them as JSON
@@ -239,7 +256,7 @@ class Detector(SupervisedModule):
         """
         height, width = batch["image"].shape[-2:]
         rows = []
-        for place, found in enumerate(self.detect(batch["image"])):
+        for place, found in enumerate(self.detect(batch["image"], network)):
             boxes = found["boxes"].double().cpu()
             if "original_size" in batch:
                 scale = batch["original_size"][place].cpu() / torch.tensor([height, width])

@@ -30,10 +30,14 @@ class SSDNetwork(SSD):
 
     Arguments are those of ``torchvision.models.detection.ssd.SSD``, with K + 1 classes, of which class 0 is the
     background. Its ``compute_loss`` and ``postprocess_detections`` take what :meth:`forward` gives.
+
+    Attributes:
+        taps: names of the modules whose outputs are its feature maps, where the backbone knows them.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.taps = [f"backbone.{name}" for name in getattr(self.backbone, "taps", ())]
         self._grids: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -74,6 +78,7 @@ class MobileNetFeatures(nn.Module):
 
     Attributes:
         out_channels: of each map.
+        taps: names of the modules that end a stage: the last one of each stride, from 2 to 32.
     """
 
     def __init__(
@@ -93,13 +98,16 @@ class MobileNetFeatures(nn.Module):
             channels = max(16, int(LAST_CHANNELS * width_mult))
             self.features[-1] = _convolution(before, channels, layer)
         self.out_channels, self.tapped = [], []
+        self.taps: list[str] = []
         stride = 2
         for place, block in enumerate(self.features):
             if place and getattr(block, "stride", 1) == 2:
+                self.taps.append(f"features.{place - 1}")
                 if stride >= first_stride:
                     self.tapped.append(place)
                     self.out_channels.append(block.conv[0].out_channels)
                 stride *= 2
+        self.taps.append(f"features.{len(self.features) - 1}")
         self.out_channels.append(self.features[-1].out_channels)
         self.extra = nn.ModuleList()
         for channels in EXTRA_CHANNELS[:extras]:

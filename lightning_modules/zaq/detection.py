@@ -1,93 +1,92 @@
-"""Quantized detectors judged beside the float one."""
+"""ZAQ of a detector."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torchmetrics import Metric
 
-from lightning_modules.zaq.attach import calibrate, quantize_model, zero_shot_guard
-
-
-class DetectorLike(Protocol):
-    """What is needed of a detector."""
-
-    @property
-    def network(self) -> nn.Module:
-        """Takes normalised images; what torch.fx traces."""
-
-    def average_precision(
-        self, batches: Iterable[dict[str, Any]], network: nn.Module | None = None
-    ) -> dict[str, Tensor]:
-        """``map``, mean average precision in [0, 1], with another network in the place of its own."""
+from lightning_modules.metrics.detection import DetectionAveragePrecision
+from lightning_modules.supervised.detector import Detector
+from lightning_modules.zaq.comparison import ComparedMethods
 
 
-def round_detector(
-    detector: DetectorLike,
-    weight_bits: int | None,
-    act_bits: int | None,
-    inputs: Iterable[Tensor],
-    **options: Any,
-) -> fx.GraphModule:
-    """The detector's network rounded, without any training (RQ), in evaluation mode.
+class MeanAveragePrecision(DetectionAveragePrecision):
+    """The mean over the classes as the only value."""
 
-    Args:
-        detector: stays as it is.
-        weight_bits: see :func:`~lightning_modules.zaq.attach.quantize_model`.
-        act_bits: likewise.
-        inputs: batches of normalised images that the ranges come from: noise, or what
-            :func:`~lightning_modules.zaq.zeroq.distill_data` makes. No images of an evaluation.
-        **options: further ones of ``quantize_model``.
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """In [0, 1].
 
-    Raises:
-        ValueError: see ``quantize_model``, or no batch.
-    """
-    quantized = quantize_model(detector.network, weight_bits, act_bits, **options)
-    calibrate(quantized, inputs)
-    return quantized.eval()
+        Raises:
+            ValueError: there was no object at all.
+        """
+        return super().compute()["map"].float()
 
 
-def detection_precision(
-    detector: DetectorLike, batches: Iterable[dict[str, Any]], quantized: nn.Module | None = None
-) -> float:
-    """Mean average precision of a quantized copy of the detector's network, or of the network itself; in [0, 1].
+class ZAQDetection(ComparedMethods):
+    """ZAQ and its baselines on a :class:`~lightning_modules.supervised.Detector`; the table shows mean precisions.
+
+    P and Q are compared in the class scores and the box offsets of all default boxes, each output by its mean, and in
+    the feature maps at the ends of the backbone's stages (our choice: no code of the paper's detection was released).
+    Further arguments and errors are those of :class:`~lightning_modules.zaq.game.QuantizationGame`; GDFQ is refused.
 
     Args:
-        detector: decodes and judges what the network says.
-        batches: see :meth:`lightning_modules.supervised.Detector.average_precision`.
-        quantized: the copy.
-
-    Raises:
-        ValueError: there is no object in the batches.
-        RuntimeError: the evaluation has moved a range, a statistic or a weight.
+        num_classes: K, without the background; must be the data's.
+        network: of P, see :class:`~lightning_modules.supervised.Detector`.
+        image_size: side of the images; must be the data's.
+        width: of P, if that is ``small``.
+        score_threshold: probability from which on ``predict`` reports an object.
+        **options: those of the game.
     """
-    with zero_shot_guard(detector.network if quantized is None else quantized):
-        return float(detector.average_precision(batches, quantized)["map"])
 
+    teacher_class = Detector
+    teacher: Detector
+    truth = ("boxes", "object_labels")
+    refused = {  # noqa: RUF012
+        "gdfq": "GDFQ draws a class for every image and has P classify it, and a detector's images have none"
+    }
+    score_name = "mean average precision at IoU 0.5"
+    class_axis = 2
 
-def rounding_table(
-    detector: DetectorLike,
-    batches: Sequence[dict[str, Any]],
-    widths: Sequence[tuple[int, int]],
-    inputs: Sequence[Tensor],
-    **options: Any,
-) -> dict[str, float]:
-    """Mean average precision of the float detector and of its roundings.
+    def __init__(
+        self,
+        num_classes: int = 20,
+        network: str | nn.Module = "mobilenet_v2",
+        image_size: int = 320,
+        width: int = 16,
+        score_threshold: float = 0.5,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_classes, network, image_size=image_size, width=width, **options)
 
-    Args:
-        detector: see :func:`round_detector`.
-        batches: to judge on.
-        widths: bits of weights and activations.
-        inputs: see :func:`round_detector`.
-        **options: likewise.
+    def teacher_options(self) -> dict[str, Any]:
+        """What ``predict`` reports."""
+        return {"score_threshold": self.hp.score_threshold}
 
-    Returns:
-        ``float``, then ``W6A6`` and so on, in the order of ``widths``; in [0, 1].
+    def compared(self, outputs: dict[str, Tensor]) -> list[Tensor]:
+        """Class scores and box offsets."""
+        return [*outputs.values()]
 
-    Raises:
-        ValueError: see :func:`round_detector` and :func:`detection_precision`.
-    """
-    table = {"float": detection_precision(detector, batches)}
-    for weight_bits, act_bits in widths:
-        quantized = round_detector(detector, weight_bits, act_bits, inputs, **options)
-        table[f"W{weight_bits}A{act_bits}"] = detection_precision(detector, batches, quantized)
-    return table
+    def ft_losses(self, student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """SSD's loss."""
+        terms = self.teacher.loss_terms(batch, student)
+        return {f"q_{name}": loss for name, loss in terms.items()}
+
+    def new_score(self) -> Metric:
+        """Mean average precision by the rules of PASCAL VOC."""
+        return MeanAveragePrecision(self.hp.num_classes)
+
+    def judge(self, score: Metric, network: nn.Module, batch: dict[str, Any]) -> None:
+        """Adds the objects that are found in a batch with ``boxes`` and ``object_labels``."""
+        assert isinstance(score, DetectionAveragePrecision)
+        self.teacher.judge(score, batch, network)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """The objects that the quantized network of the first width finds in every image.
+
+        Returns:
+            ``count`` and ``objects`` of :meth:`lightning_modules.supervised.Detector.columns`, and ``float_count`` and
+            ``float_objects``, those of the float network.
+        """
+        of_float = self.teacher.columns(batch)
+        columns = self.teacher.columns(batch, self.first_student)
+        return columns | {f"float_{name}": values for name, values in of_float.items()}

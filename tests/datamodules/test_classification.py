@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from datamodules.classification import ClassificationDataModule, Positions
+from datamodules.classification import ClassificationDataModule
+from datamodules.datasets import Positions
 
 
 def ready(**options: Any) -> ClassificationDataModule:
