@@ -1,6 +1,9 @@
 """The modules that every suite runs, a line each."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Member:
             harmless.
         batches: (in the first phase, in the last phase) batch counts at which a kill must be harmless.
         trains: False for an analysis, which ``train.py test`` runs.
+        slow: left to ``make slow``; another member covers most of the same code.
     """
 
     name: str
@@ -31,6 +35,12 @@ class Member:
     boundary: str | None = None
     batches: tuple[int, int] = (2, 5)
     trains: bool = True
+    slow: bool = False
+
+    @property
+    def label(self) -> str:
+        """Tells the recipes of a paper apart."""
+        return f"{self.name}-{Path(self.config).stem}"
 
     def arguments(self, *overrides: dict[str, object]) -> list[str]:
         """The configuration and the overrides as command-line arguments, later ones winning."""
@@ -213,6 +223,41 @@ ALL = [
         },
         batches=(2, 14),
     ),
+    Member(
+        "zaq",
+        "configs/zaq/shapes_detection.yaml",
+        "tests/suites/no_export.yaml",
+        tiny={
+            "data.batch_size": 4,
+            "data.shapes": "{image_size: 32, max_objects: 2, shapes: [square, ring], clutter: 0}",
+            "data.shapes_train": 16,
+            "data.shapes_val": 4,
+            "data.shapes_test": 4,
+            "model.num_classes": 2,
+            "model.image_size": 32,
+            "model.width": 4,
+            "model.teacher_steps": 2,
+            "model.widths": '["W4A4"]',
+            "model.baselines": '["rq","zeroq","ft"]',
+            "model.epochs": 2,
+            "model.iterations": 3,
+            "model.q_steps": 1,
+            "model.latent_dim": 4,
+            "model.ngf": 2,
+            "model.ft_epochs": 2,
+            "model.zeroq_images": 4,
+            "model.zeroq_steps": 2,
+            "trainer.log_every_n_steps": 1,
+        },
+        parity={
+            "model.norm": "group",
+            "model.baselines": '["rq","ft"]',
+            "model.bns_weight": 0.0,
+            "model.generator_batch": "global",
+        },
+        batches=(2, 8),
+        slow=True,
+    ),
     Member("prdc", "configs/prdc/digits.yaml", tiny={"data.limit": 60}, trains=False),
     Member(
         "dissection",
@@ -246,4 +291,7 @@ ALL = [
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]
-IDS = [member.name for member in MEMBERS]
+CASES = [
+    pytest.param(member, id=member.label, marks=[pytest.mark.slow] if member.slow else [])
+    for member in MEMBERS
+]

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.suites.launch import run
-from tests.suites.members import ANALYSES, IDS, MEMBERS, Member
+from tests.suites.members import ANALYSES, CASES, MEMBERS, Member
 
 OSRCI = MEMBERS[0]
 
@@ -128,7 +128,29 @@ def test_localization_argument(extra: list[str], expected: list[str], tmp_path: 
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
 def test_quantization_argument(extra: list[str], expected: list[str], tmp_path: Path) -> None:
-    (zaq,) = (member for member in MEMBERS if member.name == "zaq")
+    (zaq,) = (member for member in MEMBERS if member.label == "zaq-digits")
+    line = message(["fit", *zaq.arguments(), *extra], tmp_path)
+    for part in expected:
+        assert part in line, line
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["--model.baselines", "[rq, gdfq]"], ["no gdfq here", "--model.baselines"]),
+        (["--model.teacher", "CLASSIFIER"], ["holds a Classifier", "ZAQDetection", "a Detector"]),
+        (["--data", "ClassificationDataModule", "--model.image_size", "16"], ["boxes", "label"]),
+        (["--model.num_classes", "3"], ["num_classes=3", "2 classes"]),
+        (["--model.taps", "[backbone.features]"], ["backbone.features", "--model.taps"]),
+        (["--data.training_images", "false"], ["--model.teacher"]),
+        (["--data.dataset", "voc2012", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_detector_quantization_argument(
+    extra: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    (zaq,) = (member for member in MEMBERS if member.label == "zaq-shapes_detection")
     line = message(["fit", *zaq.arguments(), *extra], tmp_path)
     for part in expected:
         assert part in line, line
@@ -362,7 +384,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert (taken / "results.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+@pytest.mark.parametrize("member", CASES)
 def test_checkpoint_of_another_paper(member: Member, tmp_path: Path) -> None:
     checkpoint = tmp_path / "other.ckpt"
     torch.save(

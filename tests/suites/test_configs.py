@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.suites.launch import run
-from tests.suites.members import ALL, ANALYSES, IDS, MEMBERS, Member
+from tests.suites.members import ALL, ANALYSES, CASES, MEMBERS, Member
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -15,7 +15,7 @@ RECIPES = sorted(
 OVERLAYS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs" / "trainer").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+@pytest.mark.parametrize("member", CASES)
 def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
     run(
         [
@@ -31,7 +31,7 @@ def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.glob("*/*/*")], "a debug run leaves nothing behind"
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+@pytest.mark.parametrize("member", CASES)
 def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
     """fit, then test and predict on the checkpoint without a configuration; the numbers are the same."""
     root = ["--run.root", str(tmp_path)]
@@ -57,7 +57,7 @@ def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
     assert (tmp_path / trained.parent.name / "predict-000" / "predictions.csv").exists()
 
 
-@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.name)
+@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.label)
 def test_an_analysis_runs(member: Member, tmp_path: Path) -> None:
     run(["test", *member.arguments(), "--run.root", str(tmp_path)], tmp_path / "log.txt")
     (directory,) = tmp_path.glob("*/test-000")

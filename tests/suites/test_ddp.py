@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.suites.launch import TIME_LIMIT, run
-from tests.suites.members import ANALYSES, IDS, MEMBERS, Member
+from tests.suites.members import ANALYSES, CASES, MEMBERS, Member
 
 ROOT = Path(__file__).parents[2]
 TWO = {
@@ -56,7 +56,7 @@ def largest_difference(
     return worst
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+@pytest.mark.parametrize("member", CASES)
 def test_two_processes_follow_one(member: Member, tmp_path: Path) -> None:
     (one,) = train(member, tmp_path / "one", DOUBLE)
     first, second = train(member, tmp_path / "two", DOUBLE, TWO)
@@ -66,7 +66,7 @@ def test_two_processes_follow_one(member: Member, tmp_path: Path) -> None:
     assert largest_difference(one, first, floor) < tolerance
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+@pytest.mark.parametrize("member", CASES)
 def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     member: Member, tmp_path: Path
 ) -> None:
@@ -98,7 +98,7 @@ def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     assert largest_difference(first, resumed) == 0
 
 
-@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.name)
+@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.label)
 def test_an_analysis_is_the_same_on_any_number_of_processes(member: Member, tmp_path: Path) -> None:
     results = []
     for processes in (1, 2, 4):
@@ -112,7 +112,7 @@ def test_an_analysis_is_the_same_on_any_number_of_processes(member: Member, tmp_
     assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=IDS)
+@pytest.mark.parametrize("member", CASES)
 def test_one_broken_rank_stops_all(member: Member, tmp_path: Path) -> None:
     probe = ["--trainer.callbacks+", "tests.suites.probes.BrokenLoss"]
     arguments = ["fit", *member.arguments(TWO), *run_options(tmp_path), *probe]

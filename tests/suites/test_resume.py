@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.suites.launch import run
-from tests.suites.members import IDS, MEMBERS, Member
+from tests.suites.members import CASES, Member
 
 SIGKILL = -9
 PREEMPTED = 75
@@ -56,7 +56,7 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.fixture(scope="module", params=MEMBERS, ids=IDS)
+@pytest.fixture(scope="module", params=CASES)
 def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("uninterrupted")
     train(request.param, root)
