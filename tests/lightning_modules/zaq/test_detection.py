@@ -25,7 +25,7 @@ from lightning_modules.zaq.export import demand_integer_kernels, export_onnx, ve
 from lightning_modules.zaq.losses import output_discrepancy
 from lightning_modules.zaq.quantizers import QuantSpec
 from tests.callbacks.boring import boring_trainer
-from tests.lightning_modules.supervised.tiny import SCENES, scenes, tiny_detector, tiny_ssd
+from tests.lightning_modules.supervised.tiny import SCENES, scenes, tiny_ssd
 
 
 def noise(count: int = 16, side: int = 64) -> Tensor:
