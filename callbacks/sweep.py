@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_modules.files import demand_file_name, file_name, whole_file
+
 RUN_SCRIPT = Path(__file__).parent.parent / "train.py"
 
 
@@ -31,6 +33,7 @@ def sweep(arguments: list[str]) -> None:
     parser.add_argument("--over", action="append", default=[], metavar="KEY=V1,V2,...")
     parser.add_argument("--name", default="sweep", help="prefix of the run names")
     known, rest = parser.parse_known_args(arguments)
+    demand_file_name(known.name, "--name")
     axes = []
     for axis in known.over:
         key, _, choices = axis.partition("=")
@@ -45,7 +48,7 @@ def sweep(arguments: list[str]) -> None:
     finished = []
     for combination in itertools.product(*axes):
         suffix = "-".join(f"{key.split('.')[-1]}{value}" for key, value in combination)
-        name = f"{known.name}-{suffix}"
+        name = file_name(f"{known.name}-{suffix}")
         results = root / experiment / name / "results.json"
         if not (results.exists() and _is_complete(results)):
             options = [text for key, value in combination for text in (f"--{key}", value)]
@@ -61,7 +64,8 @@ def sweep(arguments: list[str]) -> None:
         finished.append(json.loads(results.read_text()))
     summary = summarize(finished)
     path = root / experiment / f"{known.name}-summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    with whole_file(path) as file:
+        file.write((json.dumps(summary, indent=2) + "\n").encode())
     print(format_summary(summary))
     print(f"wrote {path}")
 

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 
+from lightning_modules.files import read_tensors
 from lightning_modules.paper import PaperModule
 
 
@@ -24,12 +25,8 @@ def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; give one by {option} FILE")
-    try:
-        name = torch.load(path, map_location="cpu", weights_only=True).get("module_class")
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+    checkpoint = read_tensors(path, f"checkpoint ({option})")
+    name = checkpoint.get("module_class") if isinstance(checkpoint, dict) else None
     found = [kind for kind in _descendants(PaperModule) if kind.__name__ == name]
     if not found:
         raise RuntimeError(

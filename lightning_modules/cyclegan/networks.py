@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.files import read_tensors
 from lightning_modules.nn.norm import Norm, norm_layer
 
 Upsample = Literal["deconv", "resize_conv"]
@@ -495,13 +496,11 @@ def _load_reference(network: nn.Module, path: str | Path, arch: dict[str, Any]) 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
+    stored = read_tensors(path, "file of weights")
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
         weights = {key.removeprefix("module."): value.detach() for key, value in stored.items()}
-    except Exception as error:  # torch raises half a dozen types for what is no such file
-        raise RuntimeError(
-            f"{path} does not hold the weights of one network ({str(error).splitlines()[0]})"
-        ) from error
+    except AttributeError as error:
+        raise RuntimeError(f"{path} does not hold the weights of one network ({error})") from error
     if any(isinstance(layer, nn.InstanceNorm2d) for layer in network.modules()):
         statistics = ("running_mean", "running_var", "num_batches_tracked")
         weights = {key: weights[key] for key in weights if not key.endswith(statistics)}

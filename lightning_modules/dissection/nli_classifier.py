@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.networks import LABELS, PAD, UNK, BowmanEntailmentClassifier
+from lightning_modules.files import read_tensors
 from lightning_modules.paper import PaperModule
 from lightning_modules.randomness import global_seed, mix
 
@@ -249,14 +250,7 @@ def load_nli_classifier(path: str | Path, option: str = "--model.classifier") ->
         ValueError: it is in the released format, but of another network.
     """
     path = Path(path).expanduser()
-    checkpoint: Any = None
-    if path.is_file():
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-            raise RuntimeError(
-                f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-            ) from error
+    checkpoint = read_tensors(path, f"checkpoint ({option})") if path.is_file() else None
     if isinstance(checkpoint, dict) and "stoi" in checkpoint:
         module = NLIClassifier.from_published(checkpoint)
         return module.eval().requires_grad_(False)

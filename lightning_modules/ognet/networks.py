@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lightning_modules.files import read_tensors
 from lightning_modules.nn.norm import Norm, norm_layer
 
 SMALLEST_IMAGE = 17
@@ -139,10 +139,7 @@ def _reference_state(path: str | Path, key: str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    stored = read_tensors(path)
     if key not in stored:
         raise RuntimeError(f"{path} has no {key}; it has {', '.join(map(str, list(stored)[:5]))}")
     # Saved from DataParallel, the names begin with "module.".

@@ -21,6 +21,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_modules.adversarial import AdversarialModule
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
+from lightning_modules.files import read_tensors
 from lightning_modules.metrics.translation import gan_train_accuracy
 from lightning_modules.nn.gradient_penalty import PatchReduction, slope_norms
 from lightning_modules.randomness import keyed_generator
@@ -704,10 +705,7 @@ def _reference_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    stored = read_tensors(path)
     # Saved from DataParallel, the names begin with "module.".
     return {name.removeprefix("module."): value for name, value in stored.items()}
 
