@@ -5,6 +5,7 @@ import os
 import pickletools
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,10 @@ def read_tensors(path: str | Path, what: str = "checkpoint") -> Any:
     damage = _damage(path)
     if damage is None:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # torch's own, of pickles it refuses next
+                return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types for what is no such file
             wanted = _demanded(path)
             if wanted:
@@ -155,7 +159,10 @@ def _damage(path: Path) -> str | None:
     return None if broken is None else f"it is damaged, the checksum of {broken} is wrong"
 
 
-_HARMLESS = re.compile(r"torch\._utils\.|torch\.\w*Storage$|torch\.Size$|collections\.OrderedDict$")
+_HARMLESS = re.compile(
+    r"torch\._utils\.|torch\.(\w*Storage|Size)$|collections\.OrderedDict$"
+    r"|numpy\.(ndarray|dtype)$|numpy\._?core\.multiarray\._reconstruct$"
+)
 
 
 def _demanded(path: Path) -> list[str]:
@@ -169,8 +176,9 @@ def _demanded(path: Path) -> list[str]:
                     inside = (n for n in archive.namelist() if n.endswith("data.pkl"))
                     return _globals(archive.read(next(inside)))
             if head.startswith(b"\x93NUMPY"):
-                version = np.lib.format.read_magic(file)
-                np.lib.format._read_array_header(file, version)  # type: ignore[attr-defined]
+                layout = np.lib.format
+                first = layout.read_magic(file) == (1, 0)
+                (layout.read_array_header_1_0 if first else layout.read_array_header_2_0)(file)
             return _globals(file.read())
     except Exception:  # whatever it is, it is none of the files that this looks for
         return []
@@ -181,15 +189,19 @@ def _globals(stream: bytes) -> list[str]:
     is_pickle = False
     try:
         while stream:  # torch's older format is several pickles, one after the other
-            texts, end = [""], 0
+            texts, memo, last, end = [""], [], "", 0
             for code, argument, position in pickletools.genops(stream):
                 is_pickle |= code.name in ("PROTO", "STOP")
                 if code.name in ("GLOBAL", "INST"):
                     found[str(argument).replace(" ", ".")] = None
                 elif code.name == "STACK_GLOBAL":
                     found[".".join(texts[-2:])] = None
-                elif isinstance(argument, str):
-                    texts.append(argument)
+                elif code.name == "MEMOIZE":
+                    memo.append(last)
+                elif code.name in ("BINGET", "LONG_BINGET"):
+                    argument = memo[argument] if argument < len(memo) else None
+                last = argument if isinstance(argument, str) else ""
+                texts += [last] if last else []
                 end = (position or 0) + 1
             stream = stream[end:]
     except Exception:  # the end of the pickles

@@ -1,5 +1,6 @@
 """Callbacks that look into a run of another process, or end it."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -56,6 +57,53 @@ class SignalAt(Callback):
             return original(*args, **kwargs)
 
         setattr(pl_module, self.method, counted)
+
+
+class FullDisk(Callback):
+    """No file comes to the disk from the start of one batch to the start of another, both counted from 0."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.fsync = os.fsync
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        at = trainer.fit_loop.epoch_loop.total_batch_idx
+        os.fsync = self._full if self.first <= at < self.last else self.fsync
+
+    def _full(self, number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Poison(Callback):
+    """Makes the first sample of a batch not a number, and what a module draws for it where it looks at no data."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx != self.batch:
+            return
+        for value in _tensors(batch):
+            if value.is_floating_point():
+                value[0] = torch.nan
+        module: Any = pl_module
+        draw = module.draw
+        module.draw = lambda *args, **options: draw(*args, **options).fill_(torch.nan)
+
+
+def _tensors(batch: Any) -> list[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, dict) else batch
+    return (
+        [t for part in parts for t in _tensors(part)]
+        if isinstance(batch, dict | list | tuple)
+        else []
+    )
 
 
 class BrokenLoss(Callback):
