@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Tests of one group share what they prepare; see tests/conftest.py.
 PARALLEL := --numprocesses auto --dist loadgroup
 
-.PHONY: demo test slow lint format bench venv clean
+.PHONY: demo test slow faults lint format bench venv clean
 
 demo: venv  ## open-set recognition on handwritten digits: about two minutes, prints a table, draws pictures
 	$(RUN) train.py fit -c configs/osrci/digits.yaml
@@ -16,6 +16,9 @@ test: venv  ## the whole test suite except what takes minutes
 
 slow: venv  ## the tests that take minutes
 	$(RUN) -m pytest -m slow
+
+faults: venv  ## breaks every training in the ways a cluster does and prints what was lost; an hour on two cores
+	$(RUN) -m tests.suites.campaign
 
 lint: venv  ## style and types
 	$(RUN) -m ruff check .

@@ -77,10 +77,10 @@ class FullDisk(Callback):
 
 
 class Poison(Callback):
-    """Makes the first sample of a batch not a number, and what a module draws for it where it looks at no data."""
+    """Makes the first sample of a batch not a number; with ``draws`` the latents, where no data are looked at."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, draws: bool = False) -> None:
+        self.batch, self.draws = batch, draws
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -92,7 +92,13 @@ class Poison(Callback):
                 value[0] = torch.nan
         module: Any = pl_module
         draw = module.draw
-        module.draw = lambda *args, **options: draw(*args, **options).fill_(torch.nan)
+
+        def poisoned(purpose: str, kind: Any, *shape: int) -> torch.Tensor:
+            drawn = draw(purpose, kind, *shape)
+            return drawn.fill_(torch.nan) if kind == "normal" else drawn
+
+        if self.draws:
+            module.draw = poisoned
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
