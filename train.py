@@ -25,7 +25,7 @@ from callbacks.checkpoint import (
     refuse_other_hyperparameters,
 )
 from callbacks.finite import FiniteGuard
-from callbacks.loggers import ResumableCSVLogger
+from callbacks.loggers import ResumableCSVLogger, RunWandbLogger
 from callbacks.predictions import PredictionWriter
 from callbacks.run import (
     RunOptions,
@@ -111,7 +111,18 @@ class AdversariaCLI(LightningCLI):
             self.subcommand,
         )
         self.trainer_defaults["callbacks"] = [FiniteGuard(), PredictionWriter(), recorder]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        paper = type(self.model).__module__.removeprefix("lightning_modules.").split(".")[0]
+        dataset = getattr(self.datamodule, "hparams", {}).get("dataset")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                logger.label(
+                    self.config[self.subcommand].run.experiment,
+                    self.directory.name,
+                    self.subcommand,
+                    [paper, dataset] if dataset else [paper],
+                )
+        return trainer
 
     def before_fit(self) -> None:
         """Refuses to continue a checkpoint under other hyper-parameters.

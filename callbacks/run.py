@@ -149,7 +149,7 @@ class RunRecorder(Callback):
         if not self.config or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": yaml.safe_load(self.config)})
+            logger.log_hyperparams({"config": yaml.safe_load(self.config), **provenance()})
         directory = Path(trainer.default_root_dir)
         paths = [directory / "config.yaml"]
         paths += [directory / f"config-resumed-{i}.yaml" for i in range(1, 1000)]
@@ -196,15 +196,18 @@ class RunRecorder(Callback):
             "epochs": trainer.current_epoch,
             "processes": trainer.world_size,
             "wall_time_s": round(self.wall_time + time.monotonic() - self._started, 1),
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "hardware": hardware(),
+            **provenance(),
         }
         path = Path(trainer.default_root_dir) / "results.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=2) + "\n")
         partial.replace(path)
         rank_zero_info(f"wrote {path}")
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers, beside the configuration."""
+    return {"git_revision": git_revision(), "versions": versions(), "hardware": hardware()}
 
 
 def git_revision() -> str | None:
