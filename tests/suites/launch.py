@@ -12,7 +12,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.suites.preload"])
 
 
-def _child(arguments: list[str], log: str) -> None:
+def _child(arguments: list[str], log: str, environment: dict[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -20,20 +25,27 @@ def _child(arguments: list[str], log: str) -> None:
         sys.stderr = os.fdopen(2, "w", buffering=1)
         import train
 
-        train.main(arguments)
+        try:
+            train.main(arguments)
+        finally:
+            if "wandb" in sys.modules:  # a process that was forked calls nothing at its exit
+                sys.modules["wandb"].teardown()
 
 
-def start(arguments: list[str], log: Path) -> BaseProcess:
-    """Starts ``train.py`` with these arguments; what it prints goes to ``log``."""
+def start(arguments: list[str], log: Path, **environment: str | None) -> BaseProcess:
+    """Starts ``train.py`` with these arguments; what it prints goes to ``log``.
+
+    A variable of the environment that is None is taken out.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_child, args=(arguments, str(log)))
+    process = _context.Process(target=_child, args=(arguments, str(log), environment))
     process.start()
     return process
 
 
-def run(arguments: list[str], log: Path, expect: int = 0) -> str:
+def run(arguments: list[str], log: Path, expect: int = 0, **environment: str | None) -> str:
     """Runs ``train.py`` to its end and returns what it printed; fails unless it ends with the expected code."""
-    process = start(arguments, log)
+    process = start(arguments, log, **environment)
     process.join(TIME_LIMIT)
     if process.exitcode is None:
         process.kill()
