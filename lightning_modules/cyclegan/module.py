@@ -73,7 +73,7 @@ class CycleGAN(AdversarialModule):
         init_gain: standard deviation or gain of the drawn weights.
         objective: of the adversarial game. ``wgangp`` has a gradient penalty here; in the released code its critic is
             unconstrained.
-        gradient_penalty_weight: of that penalty.
+        lambda_gp: of that penalty.
         lambda_A: weight of the cycle A to B to A.
         lambda_B: weight of the cycle B to A to B.
         lambda_identity: weight of the identity terms relative to the cycles; 0 saves a third of the generators' work.
@@ -112,7 +112,7 @@ class CycleGAN(AdversarialModule):
         init: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal",
         init_gain: float = 0.02,
         objective: Objective = "lsgan",
-        gradient_penalty_weight: float = 10.0,
+        lambda_gp: float = 10.0,
         lambda_A: float = 10.0,
         lambda_B: float = 10.0,
         lambda_identity: float = 0.5,
@@ -269,7 +269,7 @@ class CycleGAN(AdversarialModule):
         if hp.objective == "wgangp":
             alpha = self.draw(f"alpha {side}", "uniform", len(real))
             penalty = gradient_penalty(critic, real, fake, alpha)
-            losses[f"penalty_{side}"] = hp.gradient_penalty_weight * penalty
+            losses[f"penalty_{side}"] = hp.lambda_gp * penalty
         return losses
 
     def _from_pool(self, side: str, fake: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class MatchGAN(StarGAN):
         """StarGAN's critic with the match head."""
         hp = self.hp
         return MatchGANDiscriminator(
-            hp.image_size, hp.d_conv_dim, sum(self.dims), hp.d_repeat_num, hp.in_channels
+            hp.image_size, hp.ndf, sum(self.dims), hp.n_layers, hp.in_channels
         )
 
     # ------------------------------------------------------------------ schedule

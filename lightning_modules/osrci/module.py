@@ -94,16 +94,16 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         classifier_pool: ``flatten`` as in the paper, ``avg`` for the later "classifier32".
         normalize: how a code is cut into unit vectors; ``channel_group`` is the released code's.
         lr: learning rate of the joint phase.
-        finetune_lr: learning rate of the K+1 phase.
+        lr_kplusone: learning rate of the K+1 phase.
         betas: of every Adam.
         discriminator_real_weight: weight of the real term.
         discriminator_fake_weight: weight of the fake term.
         generator_weight: weight of the adversarial term.
         reconstruction_weight: weight of the L1 term.
-        gradient_penalty_weight: lambda.
+        lambda_gp: weight of the gradient penalty.
         fake_source: what the discriminator sees as fake: decoded ``noise`` (released code) or ``reconstruction``
             (paper, eq. for L_D).
-        adversarial: ``softplus`` (released code) or ``wasserstein`` (paper) discriminator terms.
+        objective: ``softplus`` (released code) or ``wasserstein`` (paper) discriminator terms.
         gp_norm: gradient norm over the ``channel`` axis (released code) or per ``sample`` (paper).
         gp_outputs: penalise ``all`` outputs (released code) or the ``first`` (paper).
         gather_minibatch_feature: average the discriminator's batch feature over all processes.
@@ -149,15 +149,15 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         classifier_pool: Literal["flatten", "avg"] = "flatten",
         normalize: Literal["channel_group", "position"] = "channel_group",
         lr: float = 1e-4,
-        finetune_lr: float = 1e-5,
+        lr_kplusone: float = 1e-5,
         betas: tuple[float, float] = (0.5, 0.999),
         discriminator_real_weight: float = 0.01,
         discriminator_fake_weight: float = 1.0,
         generator_weight: float = 0.01,
         reconstruction_weight: float = 1.0,
-        gradient_penalty_weight: float = 10.0,
+        lambda_gp: float = 10.0,
         fake_source: Literal["noise", "reconstruction"] = "noise",
-        adversarial: Literal["softplus", "wasserstein"] = "softplus",
+        objective: Literal["softplus", "wasserstein"] = "softplus",
         gp_norm: Literal["channel", "sample"] = "channel",
         gp_outputs: Literal["all", "first"] = "all",
         gather_minibatch_feature: bool = False,
@@ -262,10 +262,10 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             "generator": self.hp.lr,
             "discriminator": self.hp.lr,
             "classifier": self.hp.lr,
-            "kplusone_classifier": self.hp.finetune_lr,
+            "kplusone_classifier": self.hp.lr_kplusone,
         }
         if self.hp.gopenmax:
-            rates["gopenmax_classifier"] = self.hp.finetune_lr
+            rates["gopenmax_classifier"] = self.hp.lr_kplusone
         return {
             name: Adam(getattr(self, name).parameters(), lr=lr, betas=tuple(self.hp.betas))
             for name, lr in rates.items()
@@ -319,14 +319,14 @@ class OSRCIModule(NamedClasses, AdversarialModule):
                 self.discriminator(fake),
                 real_weight=hp.discriminator_real_weight,
                 fake_weight=hp.discriminator_fake_weight,
-                adversarial=hp.adversarial,
+                adversarial=hp.objective,
             )
             penalty = gradient_penalty(
                 self.discriminator,
                 images,
                 fake,
                 alpha=alpha,
-                weight=hp.gradient_penalty_weight,
+                weight=hp.lambda_gp,
                 norm=hp.gp_norm,
                 outputs=hp.gp_outputs,
             )

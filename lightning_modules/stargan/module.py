@@ -87,10 +87,10 @@ class StarGAN(AdversarialModule):
         exclusive: groups of names of which one at most is true; None: the hair colours of CelebA.
         image_size: side of the images; must be the data's.
         in_channels: channels of the images.
-        g_conv_dim: width of the generator (64 in the paper).
-        g_repeat_num: its residual blocks (6 in the paper).
-        d_conv_dim: width of the critic (64 in the paper).
-        d_repeat_num: its strided convolutions (6 in the paper).
+        ngf: width of the generator (64 in the paper).
+        n_blocks: its residual blocks (6 in the paper).
+        ndf: width of the critic (64 in the paper).
+        n_layers: its strided convolutions (6 in the paper).
         lambda_cls: weight of the classification (1 in the paper).
         lambda_rec: weight of the reconstruction (10 in the paper).
         lambda_gp: weight of the gradient penalty (10 in the paper).
@@ -99,8 +99,8 @@ class StarGAN(AdversarialModule):
             (``separate``, the code of the paper's time); there Adam skips what the penalty does not reach.
         patch_reduction: the penalty is on the slope of the sum of the patch scores (released code) or of their mean.
         n_critic: the generator is updated in every n-th batch (5 in the paper).
-        g_lr: learning rate of the generator.
-        d_lr: learning rate of the critic.
+        lr_g: learning rate of the generator.
+        lr_d: learning rate of the critic.
         betas: of both Adams.
         total_steps: batches in all.
         decay_steps: how many of them, the last ones, the decay of the learning rates takes.
@@ -122,10 +122,10 @@ class StarGAN(AdversarialModule):
         exclusive: list[list[str]] | None = None,
         image_size: int = 128,
         in_channels: int = 3,
-        g_conv_dim: int = 64,
-        g_repeat_num: int = 6,
-        d_conv_dim: int = 64,
-        d_repeat_num: int = 6,
+        ngf: int = 64,
+        n_blocks: int = 6,
+        ndf: int = 64,
+        n_layers: int = 6,
         lambda_cls: float = 1.0,
         lambda_rec: float = 10.0,
         lambda_gp: float = 10.0,
@@ -133,8 +133,8 @@ class StarGAN(AdversarialModule):
         gp_update: Literal["joint", "separate"] = "joint",
         patch_reduction: PatchReduction = "sum",
         n_critic: int = 5,
-        g_lr: float = 1e-4,
-        d_lr: float = 1e-4,
+        lr_g: float = 1e-4,
+        lr_d: float = 1e-4,
         betas: tuple[float, float] = (0.5, 0.999),
         total_steps: int = 200_000,
         decay_steps: int = 100_000,
@@ -152,7 +152,7 @@ class StarGAN(AdversarialModule):
         self.dims = [len(names) for names in self.names]
         self.weights = {"cls": lambda_cls, "rec": lambda_rec, "gp": lambda_gp}
         self._edit: tuple[int, Edit] | None = self._parse(edits) if edits else None
-        self.generator = StarGANGenerator(g_conv_dim, self.label_width, g_repeat_num, in_channels)
+        self.generator = StarGANGenerator(ngf, self.label_width, n_blocks, in_channels)
         self.discriminator = self.build_discriminator()
         self._found: list[list[dict[str, Tensor]]] = [[] for _ in self.names]
 
@@ -200,7 +200,7 @@ class StarGAN(AdversarialModule):
         """The critic."""
         hp = self.hp
         return StarGANDiscriminator(
-            hp.image_size, hp.d_conv_dim, sum(self.dims), hp.d_repeat_num, hp.in_channels
+            hp.image_size, hp.ndf, sum(self.dims), hp.n_layers, hp.in_channels
         )
 
     # ------------------------------------------------------------------ labels
@@ -288,7 +288,7 @@ class StarGAN(AdversarialModule):
     def build_optimizers(self) -> dict[str, Optimizer]:
         """One Adam for each network."""
         hp = self.hp
-        rates = {"discriminator": hp.d_lr, "generator": hp.g_lr}
+        rates = {"discriminator": hp.lr_d, "generator": hp.lr_g}
         return {
             name: Adam(getattr(self, name).parameters(), lr=lr, betas=tuple(hp.betas))
             for name, lr in rates.items()
@@ -300,7 +300,7 @@ class StarGAN(AdversarialModule):
         hp = self.hp
         # The released code looks at its learning rates every 1000 iterations; by that its decay all but vanishes.
         every = 1000 if hp.lr_schedule == "reference" else 1
-        rates = {"discriminator": hp.d_lr, "generator": hp.g_lr}
+        rates = {"discriminator": hp.lr_d, "generator": hp.lr_g}
         for name, optimizer in self._optimizers_by_name().items():
             rate = decayed_lr(
                 self.batches_done,
@@ -682,10 +682,10 @@ def load_reference_checkpoint(
         sizes = {
             "image_size": classes.shape[-1] * 2**halvings,
             "in_channels": first_d.shape[1],
-            "g_conv_dim": first_g.shape[0],
-            "g_repeat_num": sum(name.endswith(".main.0.weight") for name in generator),
-            "d_conv_dim": first_d.shape[0],
-            "d_repeat_num": halvings,
+            "ngf": first_g.shape[0],
+            "n_blocks": sum(name.endswith(".main.0.weight") for name in generator),
+            "ndf": first_d.shape[0],
+            "n_layers": halvings,
         }
     except (KeyError, AssertionError) as error:
         raise RuntimeError(

@@ -140,7 +140,7 @@ def test_the_old_generator_is_that_of_its_epoch(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ phase two
-@pytest.mark.parametrize("options", [{"train_limit": 17, "holdout": 0.05}, {}])
+@pytest.mark.parametrize("options", [{"train_limit": 17, "val_fraction": 0.05}, {}])
 def test_phase_two_has_its_iterations_whatever_the_data(
     options: dict[str, Any], tmp_path: Path
 ) -> None:

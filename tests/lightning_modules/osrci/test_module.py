@@ -230,7 +230,7 @@ def test_unknown_digits_score_higher_and_knowns_are_accepted(tmp_path: Path) -> 
         "model.joint_epochs": 8,
         "model.lr": 0.002,
         "model.images_per_round": 64,
-        "model.finetune_lr": 0.0003,
+        "model.lr_kplusone": 0.0003,
         "model.epochs_per_round": 2,
         "model.search_steps": 10,
         "model.search_batch_size": 64,
