@@ -114,16 +114,16 @@ class AnomalySheet(Callback):
     column with its score, the largest first. A score of nan comes first of all.
 
     Args:
-        count: number of samples.
+        pictures: number of samples.
 
     Raises:
         ValueError: if it is below 1.
     """
 
-    def __init__(self, count: int = 16) -> None:
-        if count < 1:
-            raise ValueError(f"count={count} must be at least 1")
-        self.count = count
+    def __init__(self, pictures: int = 16) -> None:
+        if pictures < 1:
+            raise ValueError(f"pictures={pictures} must be at least 1")
+        self.pictures = pictures
         self._rows: list[Row] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,7 +167,7 @@ class AnomalySheet(Callback):
             (score, dataloader_idx, index, image)
             for score, index, image in zip(scores, indices, given["image"], strict=True)
         ]
-        kept = _most_anomalous(self._rows + rows, self.count)
+        kept = _most_anomalous(self._rows + rows, self.pictures)
         # A copy: a view would keep the whole batch in memory.
         self._rows = [(*row[:3], row[3].detach().cpu().clone()) for row in kept]
 
@@ -175,7 +175,7 @@ class AnomalySheet(Callback):
         """Gathers the samples of all ranks and draws them."""
         module: Any = pl_module
         parts = gather_over_ranks(trainer, self._rows)
-        rows = _most_anomalous([row for part in parts for row in part], self.count)
+        rows = _most_anomalous([row for part in parts for row in part], self.pictures)
         if not rows:
             return
         images = torch.stack([image for *_, image in rows])
@@ -189,7 +189,7 @@ class AnomalySheet(Callback):
                 "reconstruction": rebuilt,
                 "difference": (images.float() - rebuilt.float()).abs(),
             },
-            self.count,
+            self.pictures,
             [f"{score:.3g}" for score, *_ in rows],
         )
         path = run_directory(trainer) / "images" / "most_anomalous.png"

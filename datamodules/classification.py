@@ -93,7 +93,9 @@ class ClassificationDataModule(AdversariaDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1")
+            raise ValueError(
+                f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"
+            )
         if crop_padding < 0:
             raise ValueError(f"crop_padding={crop_padding} must not be negative")
         self.save_hyperparameters()

@@ -124,7 +124,10 @@ class OneClassDataModule(AdversariaDataModule):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
-        for name, share in (("val_fraction", val_fraction), ("outlier_proportion", outlier_proportion)):
+        for name, share in (
+            ("val_fraction", val_fraction),
+            ("outlier_proportion", outlier_proportion),
+        ):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name}={share} is a fraction between 0 and 1; use e.g. 0.1")
         if not 0 <= motion_threshold < 255:

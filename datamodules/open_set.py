@@ -108,7 +108,9 @@ class OpenSetDataModule(AdversariaDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if val_fraction is not None and not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1")
+            raise ValueError(
+                f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"
+            )
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root

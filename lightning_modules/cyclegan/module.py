@@ -214,18 +214,18 @@ class CycleGAN(AdversarialModule):
         """
         hp = self.hp
         with self.update("generators") as minimize:
-            fake_b, fake_a = self.generate(a, "AtoB"), self.generate(b, "BtoA")
+            fake_b, fake_a = self.translate_raw(a, "AtoB"), self.translate_raw(b, "BtoA")
             identities: dict[str, Tensor] = {}
             if hp.lambda_identity > 0:
                 identities = {
-                    "idt_A": self.generate(b, "AtoB"),
-                    "idt_B": self.generate(a, "BtoA"),
+                    "idt_A": self.translate_raw(b, "AtoB"),
+                    "idt_B": self.translate_raw(a, "BtoA"),
                 }
             terms = cyclegan_generator_losses(
                 a,
                 b,
-                self.generate(fake_b, "BtoA"),
-                self.generate(fake_a, "AtoB"),
+                self.translate_raw(fake_b, "BtoA"),
+                self.translate_raw(fake_a, "AtoB"),
                 self.discriminator_b(fake_b),
                 self.discriminator_a(fake_a),
                 **identities,
@@ -301,7 +301,7 @@ class CycleGAN(AdversarialModule):
             else images
         )
 
-    def generate(self, x: Tensor, direction: Direction) -> Tensor:
+    def translate_raw(self, x: Tensor, direction: Direction) -> Tensor:
         """Translations [B, C', H, W] in [-1, 1] of images [B, C, H, W] in [-1, 1] of any size, with gradients."""
         name = "generator_ab" if direction == "AtoB" else "generator_ba"
         # Outside a training a running average of the generator, where there is one, stands for it.
@@ -318,7 +318,7 @@ class CycleGAN(AdversarialModule):
         """
         if direction not in ("AtoB", "BtoA"):
             raise ValueError(f"direction={direction!r} must be AtoB or BtoA")
-        return (self.generate(self.to_network(images), direction) + 1) / 2
+        return (self.translate_raw(self.to_network(images), direction) + 1) / 2
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -224,9 +224,12 @@ class NLIDissection(PaperModule):
                 found = torch.load(path, map_location="cpu", weights_only=True)
                 kept = found if found.get("trained_as") == key else None
             if kept is None:
-                kept = {**self._train(pairs, data.vocabulary).published(), "trained_as": key}
+                kept = {
+                    **self._train(pairs, data.vocabulary).reference_checkpoint(),
+                    "trained_as": key,
+                }
                 _write(path, lambda partial: torch.save(kept, partial))
-        module = NLIClassifier.from_published(self.trainer.strategy.broadcast(kept))
+        module = NLIClassifier.from_reference(self.trainer.strategy.broadcast(kept))
         return module.eval().requires_grad_(False)
 
     def _train(self, pairs: Any, vocabulary: Sequence[str]) -> NLIClassifier:

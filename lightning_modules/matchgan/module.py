@@ -229,7 +229,7 @@ class MatchGAN(StarGAN):
         """What the generator minimises, not weighted."""
         hp = self.hp
         return generator_terms(
-            self.generate,
+            self.translate_raw,
             self.discriminator,
             task.images,
             task.source,

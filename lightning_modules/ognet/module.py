@@ -13,7 +13,6 @@ Order of things:
 4. The anomaly score is that D on a reconstruction.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,7 +32,6 @@ from lightning_modules.ognet.networks import (
     SMALLEST_IMAGE,
     OGNetDiscriminator,
     OGNetGenerator,
-    load_reference_networks,
 )
 from lightning_modules.ognet.phase_two import (
     Pairing,
@@ -470,29 +468,3 @@ class OGNet(AdversarialModule):
         if stage == "fit":
             trainer: Any = self.trainer
             trainer.reload_dataloaders_every_n_epochs = 1
-
-
-def load_reference_checkpoint(
-    g_path: str | Path, d_path: str | Path | None = None, image_size: int = 45
-) -> OGNet:
-    """An OGNet from checkpoints in the layout of the released code, ready to score.
-
-    The discriminator is taken for that of phase two. There is no old generator in it, and no threshold.
-
-    Args:
-        g_path: file with ``g_model_state_dict``.
-        d_path: file with ``d_model_state_dict``; None: it is in the same file.
-        image_size: side of the images they were trained on.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file cannot be read or holds something else.
-    """
-    generator, discriminator = load_reference_networks(g_path, d_path, image_size)
-    first: Any = generator.encoder[0]
-    module = OGNet(first.in_channels, image_size, first.out_channels)
-    module.generator.load_state_dict(generator.state_dict())
-    for name in ("discriminator", "tuned_discriminator"):
-        getattr(module, name).load_state_dict(discriminator.state_dict())
-    module.tuned.fill_(True)
-    return module.eval()

@@ -189,7 +189,7 @@ class OPGAN(CycleGAN):
         found = super().evaluate(batch)
         way = "ab" if batch["domain"] == "a" else "ba"
         images = self.to_network(batch["image"])
-        translated = self.generate(images, DIRECTIONS[way])
+        translated = self.translate_raw(images, DIRECTIONS[way])
         ratio = content_ratio(self.siamese_network(way), images, translated, self.hp.grid)
         return {**found, "content_ratio": ratio.expand(len(images))}
 

@@ -12,7 +12,6 @@ One step, for every data set in turn:
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -27,6 +26,7 @@ from lightning_modules.randomness import keyed_generator
 from lightning_modules.stargan.labels import (
     class_targets,
     joint_label,
+    name_sets,
     one_hot,
     parse_edits,
     permute_targets,
@@ -43,7 +43,6 @@ from lightning_modules.stargan.losses import (
     weighted,
 )
 from lightning_modules.stargan.networks import StarGANDiscriminator, StarGANGenerator
-from lightning_modules.stargan.released import load_reference_state_dict
 
 Edit = Callable[[Tensor], Tensor]
 """Labels [B, c] to the wanted ones."""
@@ -144,7 +143,7 @@ class StarGAN(AdversarialModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.names = [list(names) for names in _sets(attributes)]
+        self.names = [list(names) for names in name_sets(attributes)]
         self.kinds: list[LabelKind] = (
             list(label_kind) if isinstance(label_kind, list) else [label_kind] * len(self.names)
         )
@@ -318,7 +317,7 @@ class StarGAN(AdversarialModule):
         """The critic, and when its turn has come the generator, on every data set."""
         for task in self.tasks(batch):
             with torch.no_grad():
-                fake = self.generate(task.images, task.target)
+                fake = self.translate_raw(task.images, task.target)
             self.update_discriminator(task, fake)
             if self.updates_generator(self.batches_done):
                 self.update_generator(task)
@@ -404,7 +403,7 @@ class StarGAN(AdversarialModule):
         """What the generator minimises, not weighted."""
         assert task.source is not None
         return generator_terms(
-            self.generate,
+            self.translate_raw,
             self.discriminator,
             task.images,
             task.source,
@@ -464,7 +463,7 @@ class StarGAN(AdversarialModule):
         """Images in [0, 1] as the networks take them, in [-1, 1]."""
         return images * 2 - 1
 
-    def generate(self, x: Tensor, label: Tensor) -> Tensor:
+    def translate_raw(self, x: Tensor, label: Tensor) -> Tensor:
         """Translations [B, C, H, W] in [-1, 1] of images in [-1, 1], with gradients; ``label`` is the generator's."""
         # Outside a training a running average of the generator, where there is one, stands for it.
         name = "generator" if self.training else "generator_ema"
@@ -481,7 +480,7 @@ class StarGAN(AdversarialModule):
             place: the data set that they are attributes of.
         """
         label = self.generator_label(attributes.to(images), place)
-        return (self.generate(self.to_network(images), label) + 1) / 2
+        return (self.translate_raw(self.to_network(images), label) + 1) / 2
 
     @torch.no_grad()
     def evaluate(
@@ -615,7 +614,7 @@ class StarGAN(AdversarialModule):
         data = getattr(self.trainer, "datamodule", None)
         hp = self.hp
         names = getattr(data, "attribute_names", None)
-        if names and [list(part) for part in _sets(names)] != self.names:
+        if names and [list(part) for part in name_sets(names)] != self.names:
             raise ValueError(
                 f"the model has attributes={hp.attributes}, the data have {names}; both need the same names in the "
                 "same order (--model.attributes)"
@@ -650,72 +649,6 @@ class StarGAN(AdversarialModule):
                     f"the model has exclusive={self.hp.exclusive}, in the data {theirs} exclude each other; set "
                     "--model.exclusive"
                 )
-
-
-def load_reference_checkpoint(
-    g_path: str | Path,
-    d_path: str | Path,
-    attributes: list[str] | list[list[str]],
-    label_kind: LabelKind | list[LabelKind] = "multi_label",
-    module_class: type[StarGAN] = StarGAN,
-) -> StarGAN:
-    """A module with the networks of the released code, of whatever size they are.
-
-    Args:
-        g_path: file ``ITERATION-G.ckpt``.
-        d_path: file ``ITERATION-D.ckpt``.
-        attributes: names in the order in which they were trained; the files do not have them.
-        label_kind: see :class:`StarGAN`.
-        module_class: ``MatchGAN`` for its files.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file cannot be read or holds something else.
-        ValueError: the number of attributes is not that of the files.
-    """
-    generator, discriminator = _reference_state(g_path), _reference_state(d_path)
-    try:
-        first_g = generator.get("main.0.weight", generator.get("encoder.0.weight"))
-        first_d, classes = discriminator["main.0.weight"], discriminator["conv2.weight"]
-        assert first_g is not None, "no first layer of a generator"
-        halvings = sum(v.dim() == 4 for name, v in discriminator.items() if "main." in name)
-        sizes = {
-            "image_size": classes.shape[-1] * 2**halvings,
-            "in_channels": first_d.shape[1],
-            "ngf": first_g.shape[0],
-            "n_blocks": sum(name.endswith(".main.0.weight") for name in generator),
-            "ndf": first_d.shape[0],
-            "n_layers": halvings,
-        }
-    except (KeyError, AssertionError) as error:
-        raise RuntimeError(
-            f"{g_path} and {d_path} do not hold the networks of the released code ({error})"
-        ) from error
-    count = sum(map(len, _sets(attributes)))
-    if count != len(classes):
-        raise ValueError(f"{d_path} was trained with {len(classes)} attributes, not {count}")
-    module = module_class(attributes=attributes, label_kind=label_kind, **sizes)
-    load_reference_state_dict(module.generator, generator)
-    load_reference_state_dict(module.discriminator, discriminator)
-    return module.eval()
-
-
-def _reference_state(path: str | Path) -> dict[str, Tensor]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    # Saved from DataParallel, the names begin with "module.".
-    return {name.removeprefix("module."): value for name, value in stored.items()}
-
-
-def _sets(attributes: Any) -> list[Sequence[str]]:
-    """Names of every data set, of which there may be one."""
-    one = not attributes or isinstance(attributes[0], str)
-    return [attributes] if one else list(attributes)
 
 
 def _difference(first: Tensor, second: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ def step(case: Case) -> Values:
         module.class_label(source) if known else None,
         module.class_label(target),
     )
-    fake = module.generate(task.images, target).detach()
+    fake = module.translate_raw(task.images, target).detach()
     d_terms = module.discriminator_terms(task, fake)
     d_terms["d_gp"] = module.penalty(task, fake, _tensor(inputs["alpha"]))
     g_terms = module.generator_terms(task)

@@ -292,7 +292,7 @@ def step(case: Case) -> Values:
         for c in (labels, wanted)
     )
     task = Task(_tensor(inputs["x_real"]), source, target, labels, wanted)
-    fake = module.generate(task.images, target).detach()
+    fake = module.translate_raw(task.images, target).detach()
     d_terms = module.discriminator_terms(task, fake)
     d_terms["d_gp"] = module.penalty(task, fake, _tensor(inputs["alpha"]))
     g_terms = module.generator_terms(task)

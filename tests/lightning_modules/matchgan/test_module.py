@@ -211,7 +211,7 @@ def test_pairs_are_within_a_block() -> None:
     expected = group_match_loss(critic, *critic.features(x).split(ROWS))
     assert found.item() == pytest.approx(expected.item())
     found = matchgan.generator_terms(task)["g_match"]
-    translated = critic.features(matchgan.generate(x, target))[matchgan.regroup(2 * ROWS)]
+    translated = critic.features(matchgan.translate_raw(x, target))[matchgan.regroup(2 * ROWS)]
     expected = group_match_loss(critic, *translated.split(ROWS))
     assert found.item() == pytest.approx(expected.item())
 
