@@ -10,6 +10,7 @@ from torchvision.utils import save_image
 
 from callbacks.media import labelled_grid, log_images, run_directory
 from callbacks.report import Histogram, require, score_histograms, write_table
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.metrics.anomaly import anomaly_metrics, auc_interval
 from lightning_modules.nn.statistics import gather_over_ranks
 
@@ -121,8 +122,7 @@ class AnomalySheet(Callback):
     """
 
     def __init__(self, pictures: int = 16) -> None:
-        if pictures < 1:
-            raise ValueError(f"pictures={pictures} must be at least 1")
+        demand_at_least(1, pictures=pictures)
         self.pictures = pictures
         self._rows: list[Row] = []
 

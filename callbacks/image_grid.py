@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.media import batch_count, labelled_grid, log_images
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import global_seed, mix
 
 
@@ -30,9 +31,7 @@ class ImageGrid(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, pictures: int = 8) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("pictures", pictures)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(1, every_n_epochs=every_n_epochs, pictures=pictures)
         self.every_n_epochs = every_n_epochs
         self.pictures = pictures
         self._batch: Any = None

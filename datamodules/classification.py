@@ -14,6 +14,7 @@ from datamodules.datasets import (
     read_pictures_to_predict,
 )
 from datamodules.sources import class_names_of, draw_per_class, open_source, prepare_source
+from lightning_modules.arguments import demand_at_least
 
 
 class Positions(BatchDataset):
@@ -85,13 +86,7 @@ class ClassificationDataModule(AdversariaDataModule):
             horizontal_flip,
             image_size if crop_padding else None,
         )
-        for name, value in (
-            ("image_size", image_size),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(1, image_size=image_size, train_limit=train_limit, test_limit=test_limit)
         if not 0 < val_fraction < 1:
             raise ValueError(
                 f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"

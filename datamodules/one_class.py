@@ -24,6 +24,7 @@ from datamodules.sources import (
     prepare_source,
     unknown_name,
 )
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 
 CLASS_NAMES = ["normal", "outlier"]
@@ -114,16 +115,15 @@ class OneClassDataModule(AdversariaDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
-        for name, value in (
-            ("normal_count", normal_count),
-            ("image_size", image_size),
-            ("outliers_per_class", outliers_per_class),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-            ("patch_size", patch_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(
+            1,
+            normal_count=normal_count,
+            image_size=image_size,
+            outliers_per_class=outliers_per_class,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            patch_size=patch_size,
+        )
         for name, share in (
             ("val_fraction", val_fraction),
             ("outlier_proportion", outlier_proportion),

@@ -29,6 +29,7 @@ from datamodules.sources import (
     open_source,
     prepare_source,
 )
+from lightning_modules.arguments import demand_at_least
 
 MNIST_HOLDOUT = 5000
 
@@ -100,13 +101,7 @@ class OpenSetDataModule(AdversariaDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, horizontal_flip)
-        for name, value in (
-            ("image_size", image_size),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(1, image_size=image_size, train_limit=train_limit, test_limit=test_limit)
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise ValueError(
                 f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"

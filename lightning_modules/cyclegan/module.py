@@ -20,6 +20,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.cyclegan.losses import (
     Convention,
     Objective,
@@ -137,10 +138,7 @@ class CycleGAN(AdversarialModule):
             raise ValueError(
                 f"n_epochs={n_epochs} and n_epochs_decay={n_epochs_decay} must be at least 1 together, none negative"
             )
-        weights = {"lambda_A": lambda_A, "lambda_B": lambda_B, "lambda_identity": lambda_identity}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name}={weight} must not be negative")
+        demand_at_least(0, lambda_A=lambda_A, lambda_B=lambda_B, lambda_identity=lambda_identity)
         self.cycle_weights = (lambda_A, lambda_B)
         if objective == "wgangp":
             self.gradient_penalised = ("discriminator_a", "discriminator_b")

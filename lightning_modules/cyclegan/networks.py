@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.norm import Norm, norm_layer
 
 Upsample = Literal["deconv", "resize_conv"]
@@ -84,8 +85,8 @@ class ResnetGenerator(nn.Module):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        _demand_positive(
-            in_channels=in_channels, out_channels=out_channels, ngf=ngf, n_blocks=n_blocks
+        demand_at_least(
+            1, in_channels=in_channels, out_channels=out_channels, ngf=ngf, n_blocks=n_blocks
         )
         self.checkpoint_blocks = checkpoint_blocks
         layers: list[nn.Module] = [
@@ -184,7 +185,7 @@ class UnetGenerator(nn.Module):
         dropout: bool = False,
     ) -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, out_channels=out_channels, ngf=ngf)
+        demand_at_least(1, in_channels=in_channels, out_channels=out_channels, ngf=ngf)
         if n_downs < 2:
             raise ValueError(f"n_downs={n_downs} must be at least 2")
         self.multiple = self.smallest_image = 2**n_downs
@@ -236,7 +237,7 @@ class PatchDiscriminator(nn.Module):
         self, in_channels: int = 3, ndf: int = 64, n_layers: int = 3, norm: Norm = "instance"
     ) -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, ndf=ndf, n_layers=n_layers)
+        demand_at_least(1, in_channels=in_channels, ndf=ndf, n_layers=n_layers)
         widths = [ndf * min(2**level, 8) for level in range(n_layers + 1)]
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1),
@@ -286,7 +287,7 @@ class PixelDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, norm: Norm = "instance") -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, ndf=ndf)
+        demand_at_least(1, in_channels=in_channels, ndf=ndf)
         self.net = nn.Sequential(
             nn.Conv2d(in_channels, ndf, 1),
             nn.LeakyReLU(0.2),
@@ -483,12 +484,6 @@ def _biased(norm: Norm) -> bool:
 def _normalisation(norm: Norm, channels: int) -> nn.Module:
     """An empty layer where there is no norm, so that the layers after it keep their numbers."""
     return next(iter(norm_layer(norm, channels)), nn.Identity())
-
-
-def _demand_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
 
 
 def _demand_sides(x: Tensor, smallest: int, remedy: str = "") -> None:

@@ -13,6 +13,7 @@ from torch.optim import Adam
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.networks import LABELS, PAD, UNK, BowmanEntailmentClassifier
 from lightning_modules.paper import PaperModule
@@ -56,9 +57,9 @@ class NLIClassifier(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name in ("embedding_dim", "hidden_dim", "epochs"):
-            if self.hp[name] < 1:
-                raise ValueError(f"{name}={self.hp[name]} must be at least 1 (--model.{name})")
+        demand_at_least(
+            1, option="--model.", embedding_dim=embedding_dim, hidden_dim=hidden_dim, epochs=epochs
+        )
         if not lr > 0:
             raise ValueError(f"lr={lr} must be positive (--model.lr)")
         if head not in ("bowman", "minimal"):

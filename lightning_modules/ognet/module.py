@@ -22,6 +22,7 @@ from torch.optim import Adam, Optimizer
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.anomaly import AnomalyMetrics, frame_scores
 from lightning_modules.metrics.open_set import acceptance_threshold
 from lightning_modules.nn.ema import AveragedNetwork
@@ -135,11 +136,9 @@ class OGNet(AdversarialModule):
         hp = self.hp
         if hp.in_channels not in (1, 3):
             raise ValueError(f"in_channels={hp.in_channels} must be 1 or 3")
-        if hp.image_size < SMALLEST_IMAGE:
-            raise ValueError(f"image_size={hp.image_size} must be at least {SMALLEST_IMAGE}")
-        for name in ("phase_one_epochs", "phase_two_iterations"):
-            if hp[name] < 1:
-                raise ValueError(f"{name}={hp[name]} must be at least 1")
+        demand_at_least(SMALLEST_IMAGE, option="--model.", image_size=hp.image_size)
+        lengths = {name: hp[name] for name in ("phase_one_epochs", "phase_two_iterations")}
+        demand_at_least(1, option="--model.", **lengths)
         if not 0 <= hp.old_epoch < hp.phase_one_epochs:
             raise ValueError(
                 f"old_epoch={hp.old_epoch} must be one of the {hp.phase_one_epochs} epochs of phase one, from 0"
@@ -151,8 +150,7 @@ class OGNet(AdversarialModule):
             raise ValueError(
                 f"acceptance is a share of the normal images in (0, 1), not {hp.acceptance}"
             )
-        if hp.decision_score not in ROWS:
-            raise ValueError(f"decision_score {hp.decision_score!r} is none of {', '.join(ROWS)}")
+        demand_choice(ROWS, option="--model.", decision_score=hp.decision_score)
 
     # ------------------------------------------------------------------ schedule
     @property

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.norm import Norm, norm_layer
 
 SMALLEST_IMAGE = 17
@@ -26,7 +27,7 @@ class OGNetGenerator(nn.Module):
 
     def __init__(self, in_channels: int = 1, base_channels: int = 64, norm: Norm = "batch") -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, base_channels=base_channels)
+        demand_at_least(1, in_channels=in_channels, base_channels=base_channels)
         widths = [base_channels * 2**i for i in range(4)]
         encoder: list[nn.Module] = []
         for stage, (inner, outer) in enumerate(
@@ -72,8 +73,8 @@ class OGNetDiscriminator(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        _demand_positive(
-            in_channels=in_channels, image_size=image_size, base_channels=base_channels
+        demand_at_least(
+            1, in_channels=in_channels, image_size=image_size, base_channels=base_channels
         )
         widths = [base_channels * 2**i for i in range(4)]
         layers: list[nn.Module] = []
@@ -101,9 +102,3 @@ class OGNetDiscriminator(nn.Module):
 def _keep_place(layers: list[nn.Module]) -> list[nn.Module]:
     """An empty layer where there is no norm, so that the layers after it keep their numbers."""
     return layers or [nn.Identity()]
-
-
-def _demand_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")

@@ -26,6 +26,7 @@ from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
 from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.modes import eval_mode
@@ -222,19 +223,15 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         self._validation: list[dict[str, Tensor]] = []
 
     def _check_arguments(self) -> None:
-        hp, schedule = self.hp, self.schedule
-        if hp.joint_epochs < 1:
-            raise ValueError(f"joint_epochs must be at least 1, not {hp.joint_epochs}")
-        if min(schedule) < 1:
-            raise ValueError(
-                f"rounds, images_per_round and epochs_per_round must be at least 1, not {tuple(schedule)}"
-            )
+        hp = self.hp
+        lengths = {"joint_epochs": hp.joint_epochs, **self.schedule._asdict()}
+        demand_at_least(1, option="--model.", **lengths)
         if not 0 < hp.acceptance < 1:
             raise ValueError(
                 f"acceptance is a share of the known images in (0, 1), not {hp.acceptance}"
             )
-        if hp.decision_score not in ROWS or (hp.decision_score == "gopenmax" and not hp.gopenmax):
-            raise ValueError(f"decision_score {hp.decision_score!r} is none of {', '.join(ROWS)}")
+        rows = [row for row in ROWS if hp.gopenmax or row != "gopenmax"]
+        demand_choice(rows, option="--model.", decision_score=hp.decision_score)
         if hp.variant == "reference" and hp.stop_confidence is not None:
             raise ValueError(
                 "stop_confidence belongs to variant='paper'; the released code makes every step"

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
 from lightning_modules.metrics.translation import gan_train_accuracy
 from lightning_modules.nn.gradient_penalty import PatchReduction, slope_norms
@@ -43,6 +44,8 @@ from lightning_modules.stargan.losses import (
     weighted,
 )
 from lightning_modules.stargan.networks import StarGANDiscriminator, StarGANGenerator
+
+PenaltyUpdate = Literal["joint", "separate"]
 
 Edit = Callable[[Tensor], Tensor]
 """Labels [B, c] to the wanted ones."""
@@ -129,7 +132,7 @@ class StarGAN(AdversarialModule):
         lambda_rec: float = 10.0,
         lambda_gp: float = 10.0,
         cls_reduction: Reduction = "sum",
-        gp_update: Literal["joint", "separate"] = "joint",
+        gp_update: PenaltyUpdate = "joint",
         patch_reduction: PatchReduction = "sum",
         n_critic: int = 5,
         lr_g: float = 1e-4,
@@ -168,9 +171,8 @@ class StarGAN(AdversarialModule):
             )
         for place, names in enumerate(self.names):
             exclusive_indices(names, self.exclusive(place))
-        for name in ("n_critic", "total_steps", "steps_per_epoch"):
-            if hp[name] < 1:
-                raise ValueError(f"{name}={hp[name]} must be at least 1 (--model.{name})")
+        lengths = {name: hp[name] for name in ("n_critic", "total_steps", "steps_per_epoch")}
+        demand_at_least(1, option="--model.", **lengths)
         if hp.total_steps % hp.steps_per_epoch:
             raise ValueError(
                 f"total_steps={hp.total_steps} is no multiple of steps_per_epoch={hp.steps_per_epoch}; set both "
@@ -180,19 +182,11 @@ class StarGAN(AdversarialModule):
             raise ValueError(
                 f"n_critic={hp.n_critic} exceeds total_steps={hp.total_steps}: the generator would never be updated"
             )
-        for name in ("lambda_cls", "lambda_rec", "lambda_gp"):
-            if hp[name] < 0:
-                raise ValueError(f"{name}={hp[name]} must not be negative")
-        choices = {
-            "gp_update": ("joint", "separate"),
-            "patch_reduction": ("sum", "mean"),
-            "cls_reduction": ("sum", "mean"),
-        }
-        for name, known in choices.items():
-            if hp[name] not in known:
-                raise ValueError(
-                    f"unknown {name}={hp[name]!r}; choose one of {', '.join(known)} (--model.{name})"
-                )
+        weights = {name: hp[name] for name in ("lambda_cls", "lambda_rec", "lambda_gp")}
+        demand_at_least(0, option="--model.", **weights)
+        demand_choice(PenaltyUpdate, option="--model.", gp_update=hp.gp_update)
+        demand_choice(PatchReduction, option="--model.", patch_reduction=hp.patch_reduction)
+        demand_choice(Reduction, option="--model.", cls_reduction=hp.cls_reduction)
         decayed_lr(0, 1.0, hp.total_steps, hp.decay_steps, mode=hp.lr_schedule)
 
     def build_discriminator(self) -> StarGANDiscriminator:
