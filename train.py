@@ -19,6 +19,7 @@ import callbacks
 import datamodules
 import lightning_modules
 from callbacks.checkpoint import (
+    EXIT_PREEMPTED,
     AtomicCheckpointIO,
     Preempted,
     ResumableCheckpoint,
@@ -43,7 +44,6 @@ DESCRIPTION = (
     "Adversaria: train.py fit -c configs/PAPER/DATASET.yaml [-c configs/trainer/OVERLAY.yaml] [--KEY VALUE ...]; "
     "train.py test|validate|predict --ckpt_path FILE; train.py sweep --help for several runs and their mean"
 )
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the job script requeues on it
 
 # A class that was imported can be named in a configuration without its module.
 for package in (lightning_modules, datamodules, callbacks):
@@ -131,6 +131,54 @@ class AdversariaCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+class ParsedCommand(AdversariaCLI):
+    """A command that is parsed but not run: no seed, no run directory, no trainer."""
+
+    def _set_seed(self) -> None:
+        """Nothing random follows."""
+
+    def before_instantiate_classes(self) -> None:
+        """Opens no directory."""
+
+    def instantiate_classes(self) -> None:
+        """Only what was parsed."""
+        self._dump_config()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Not wanted."""
+
+
+class RehearsedCommand(ParsedCommand):
+    """The same, after building model, data and callbacks, whose constructors check their arguments."""
+
+    def instantiate_classes(self) -> None:
+        """Builds them and lets them go."""
+        super().instantiate_classes()
+        self.parser.instantiate_classes(self.config)
+
+
+def command_line(kind: type[AdversariaCLI], arguments: list[str]) -> AdversariaCLI:
+    """A command of this program, as ``kind`` treats it."""
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        trainer_defaults={"devices": 1},
+        parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
+        | {"exit_on_error": False, "description": DESCRIPTION},
+        args=arguments,
+    )
+
+
+def rehearse(arguments: list[str], build: bool) -> dict[str, Any]:
+    """The whole configuration of a command, without running it; with ``build`` its classes are built as well."""
+    return command_line(RehearsedCommand if build else ParsedCommand, arguments).config_dump
+
+
 def main(args: list[str] | None = None) -> AdversariaCLI | None:
     """Runs one command.
 
@@ -149,21 +197,11 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
     inherited = chosen_directory()
     try:
         if arguments[:1] == ["sweep"]:
-            sweep(arguments[1:])
-            return None
-        return AdversariaCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults={"devices": 1},
-            parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
-            | {"exit_on_error": False, "description": DESCRIPTION},
-            args=args,
-        )
+            chosen = sweep(arguments[1:], rehearse)
+            if chosen is None:
+                return None
+            arguments = chosen
+        return command_line(AdversariaCLI, arguments)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_PREEMPTED)
