@@ -46,7 +46,7 @@ def record(
         )
         outside |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "https_proxy"), address)
         outside |= {"HOME": str(home), "NETRC": str(home / "none")}
-        text = run(command, root / log, expect, **outside)
+        text = run(command, root / log, expect, outside)
         with pytest.raises(BlockingIOError):  # nobody connected
             proxy.accept()
     return text
