@@ -5,10 +5,11 @@ model. It differs from the fake-quantized network it came from by the rounding o
 """
 
 import copy
+import math
 import warnings
 from collections import Counter
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,16 +168,16 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerAddition(nn.Module):
-    """A sum of two activations on grids, rounded to a third as onnxruntime's kernel does on x86 processors.
+    """A sum of two activations on grids, rounded to a third, as onnxruntime's kernel gives it.
 
-    The kernel adds the zero point before it rounds and multiplies by quotients of scales in float32, which decides
-    ties and what is next to them.
+    The kernel adds the zero point before it rounds, and multiplies codes by quotients of scales in float32. In which
+    order, and with how many roundings, is up to the processor and the compiler; :func:`_align_scales` makes the
+    quotients so short that nothing is ever rounded.
     """
 
     scales: Tensor
     zero_points: Tensor
     quotients: Tensor
-    offset: Tensor
     scale: Tensor
     zero_point: Tensor
 
@@ -189,23 +190,42 @@ class IntegerAddition(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("zero_points", zero_points)
         self.register_buffer("quotients", scales / target.scale)
-        weighted = self.quotients * zero_points
-        self.register_buffer("offset", target.zero_point.float() - (weighted[0] + weighted[1]))
         self.register_buffer("scale", target.scale.clone())
         self.register_buffer("zero_point", target.zero_point.float())
         self.exporting = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 holds all that the kernel computes, in whatever order."""
+        quotients = self.quotients.double()
+        unit = _unit_of_sums(float(quotients.sum()))
+        units = quotients / unit
+        return unit <= 1 and bool((units == units.round()).all())
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Two tensors of shapes that broadcast."""
         if self.exporting:
             return first + second
-        total = self.offset
-        for i, x in ((1, second), (0, first)):
-            # A fused multiplication and addition: one rounding to float32.
-            codes = torch.round(x.double() / self.scales[i].double()) + self.zero_points[i]
-            total = (codes * self.quotients[i].double() + total.double()).float()
-        codes = torch.round(total).clamp(0, 255)
+        terms = [
+            torch.round(x / scale) * quotient
+            for x, scale, quotient in zip((first, second), self.scales, self.quotients, strict=True)
+        ]
+        codes = torch.round(terms[0] + terms[1] + self.zero_point).clamp(0, 255)
         return (codes - self.zero_point) * self.scale
+
+
+class FloatAddition(nn.Module):
+    """A sum whose quotients of scales cannot be made short; the maximum keeps onnxruntime from fusing it."""
+
+    lowest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two tensors of shapes that broadcast."""
+        return torch.maximum(first + second, self.lowest)
 
 
 class IntegerMean(nn.Module):
@@ -229,6 +249,15 @@ class IntegerMean(nn.Module):
 
 
 INTEGER = (IntegerActivation, IntegerLayer, IntegerAddition)
+
+
+class RoundedSum(NamedTuple):
+    """A sum of two activations on grids that is put on a third one."""
+
+    node: fx.Node
+    terms: tuple[fx.Node, fx.Node]
+    grids: tuple[IntegerActivation, IntegerActivation]
+    target: IntegerActivation
 
 
 @torch.no_grad()
@@ -262,6 +291,7 @@ def deploy(model: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, ActivationQuantizer):
             deployed.set_submodule(name, IntegerActivation(module))
     _drop_implied_relus(deployed)
+    _align_scales(deployed)
     _replace_layers(deployed, norms)
     _replace_additions(deployed)
     _replace_means(deployed)
@@ -331,19 +361,61 @@ def _replace_layers(graph_module: fx.GraphModule, norms: dict[str, _BatchNorm]) 
         graph_module.set_submodule(name, integer)
 
 
-def _replace_additions(graph_module: fx.GraphModule) -> None:
-    for node in list(graph_module.graph.nodes):
+def _rounded_sums(graph_module: fx.GraphModule) -> list[RoundedSum]:
+    sums = []
+    for node in graph_module.graph.nodes:
         target = _only_user(graph_module, node)
         if target is None or not calls(graph_module, node, (), ADDITIONS, ADDING_METHODS):
             continue
         terms = [term for term in node.args if isinstance(term, fx.Node)]
         grids = [_activation(graph_module, source_of(graph_module, term)) for term in terms]
-        if len(terms) != 2 or grids[0] is None or grids[1] is None:
-            continue
-        graph_module.add_submodule(node.name, IntegerAddition(grids[0], grids[1], target))
+        if len(terms) == 2 and grids[0] is not None and grids[1] is not None:
+            sums.append(RoundedSum(node, (terms[0], terms[1]), (grids[0], grids[1]), target))
+    return sums
+
+
+def _align_scales(graph_module: fx.GraphModule) -> None:
+    """Scales of what is added become short multiples of the scale of the sum, from the last sum to the first.
+
+    They change by less than a hundredth of a code of the sum over the whole range. An activation keeps its scale once
+    a later sum has settled it.
+    """
+    settled: set[IntegerActivation] = set()
+    for rounded in reversed(_rounded_sums(graph_module)):
+        of = rounded.target.scale
+        settled.add(rounded.target)
+        # Quotients that grow by a unit, at most 1 each, still have to fit.
+        unit = _unit_of_sums(sum(float(grid.scale / of) for grid in rounded.grids) + 2)
+        for grid in rounded.grids:
+            if grid not in settled:
+                grid.scale.copy_(_short_multiple(grid.scale, of, unit))
+                settled.add(grid)
+
+
+def _unit_of_sums(quotients: float) -> float:
+    """The finest power of two of whose multiples float32 holds all sums of zero point and codes times quotients."""
+    return 2.0 ** -math.floor(math.log2(2**24 / (255 * (1 + quotients))))
+
+
+def _short_multiple(scale: Tensor, of: Tensor, unit: float) -> Tensor:
+    """The number next to ``scale`` whose quotient by ``of``, rounded to float32, is a whole number of units."""
+    nearest = max(1, round(float(scale / of) / unit))
+    for number in sorted(range(max(1, nearest - 8), nearest + 9), key=lambda n: abs(n - nearest)):
+        candidate = of * (number * unit)
+        if candidate / of == number * unit:
+            return candidate
+    return scale
+
+
+def _replace_additions(graph_module: fx.GraphModule) -> None:
+    for node, terms, grids, target in _rounded_sums(graph_module):
+        addition: nn.Module = IntegerAddition(*grids, target)
+        if not addition.exact:
+            addition = FloatAddition()
+        graph_module.add_submodule(node.name, addition)
         with graph_module.graph.inserting_after(node):
-            addition = graph_module.graph.call_module(node.name, tuple(terms))
-        node.replace_all_uses_with(addition)
+            replacement = graph_module.graph.call_module(node.name, terms)
+        node.replace_all_uses_with(replacement)
         graph_module.graph.erase_node(node)
 
 
