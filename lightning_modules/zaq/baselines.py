@@ -244,7 +244,7 @@ def mixed_precision(
         sensitivities: of :func:`weight_sensitivities`.
     """
     uniform = weight_bits(quantizer.attach(network, width))
-    sizes = {name: network.get_submodule(name).weight.numel() for name in sensitivities}  # type: ignore[operator,union-attr]
+    sizes = {name: network.get_submodule(name).weight.numel() for name in sensitivities}  # type: ignore[operator]
     allocated = allocate_mixed_precision(
         torch.stack(list(sensitivities.values())),
         list(sizes.values()),

@@ -1,7 +1,8 @@
 """A quantized network as integers: batch norms folded, weights as 8-bit codes, biases on the accumulator's grid.
 
 The result is a torch network that computes what integer kernels compute, so its accuracy is that of the exported
-model. It differs from the fake-quantized network it came from by the rounding of the biases only.
+model. It differs from the fake-quantized network it came from by the rounding of the biases, by that of the scales of
+what is added, and by that of what is on no grid, to 16 bits.
 """
 
 import copy
@@ -27,6 +28,7 @@ from lightning_modules.zaq.quantizers import (
 )
 
 LARGEST_CODE = 127
+LARGEST_UNIT = 2**15 - 1
 LARGEST_BIAS = 2**30
 """Of an int32 accumulator half is left to the bias."""
 SATURATION = 2**15 - 1
@@ -74,10 +76,13 @@ class IntegerActivation(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer with 8-bit weight codes, exact where its input is on a grid.
+    """A convolution or linear layer with 8-bit weight codes, whose sums of products are those of integers, and exact.
 
-    The sum of products of codes is exact (float64 holds it), is taken to float32 as by the kernels, multiplied once,
-    and rounded to the grid of the quantizer that follows directly.
+    Where the input is on a grid and the output is rounded directly, the sum is taken to float32 as by the kernels that
+    onnxruntime fuses, multiplied once, and rounded to the grid that follows. Where one of both is missing, and for the
+    weights of transposed convolutions and sequences apart, the file has operators on integers: a kernel of floats would
+    sum in an order of its own. An input on no grid is rounded to 16 bits over the largest value of its image, and
+    taken as two bytes.
 
     Attributes:
         codes: int8 or uint8, in the shape of the layer's weight.
@@ -95,6 +100,7 @@ class IntegerLayer(nn.Module):
     bias_scale: Tensor
     no_zero_point: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None
     output_scale: Tensor | None
 
     def __init__(
@@ -112,16 +118,21 @@ class IntegerLayer(nn.Module):
         self.exporting = False
         centered, scale, bias = _centered_codes(layer, norm, name)
         self.register_buffer("input_scale", None if source is None else source.scale.clone())
+        self.register_buffer(
+            "input_zero_point", None if source is None else source.zero_point.clone()
+        )
         self.register_buffer("output_scale", None if target is None else target.scale.clone())
         if source is not None:
             centered, scale = _room_for_bias(centered, scale, bias, source.scale.double())
         zero_point = _zero_points(centered)
         codes = centered + _rows(zero_point, centered)
-        if source is not None and 2 * codes.abs().max() * (2**source.bits - 1) > SATURATION:
-            codes, zero_point = codes + 128, zero_point + 128
-        kind = torch.uint8 if codes.min() >= 0 and codes.max() > LARGEST_CODE else torch.int8
+        saturates = source is not None and 2 * codes.abs().max() * (2**source.bits - 1) > SATURATION
+        kind = torch.int8
+        if saturates or self._by_operators:
+            codes, zero_point, kind = codes + 128, zero_point + 128, torch.uint8
         self.register_buffer("codes", layer.channels_back(codes).to(kind).contiguous())
         self.register_buffer("zero_point", zero_point.to(kind))
+        self.one_zero_point = bool((zero_point == zero_point[0]).all())
         self.register_buffer("scale", scale.float())
         if self.input_scale is None:
             self.register_buffer("bias", bias.float())
@@ -131,12 +142,30 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias", units.to(torch.int32))
         self.register_buffer("no_zero_point", torch.zeros_like(self.bias))
 
+    @property
+    def _by_operators(self) -> bool:
+        """Whether the file says which integers to sum; onnxruntime finds out by itself where both grids are there."""
+        if self.linear:
+            return self.input_scale is None
+        if self.input_scale is not None and self.output_scale is not None:
+            return False
+        geometry: dict[str, Any] = self.compute.keywords
+        zeros = self.compute.func in (F.conv1d, F.conv2d)
+        return zeros and not isinstance(geometry["padding"], str)
+
     def forward(self, x: Tensor) -> Tensor:
         """As the layer, in float32."""
+        by_operators = self._by_operators and (x.ndim == 2 or not self.linear)
+        if self.exporting and not by_operators:
+            return self._fused(x)
         if self.exporting:
             return self._operators(x)
         weight = self.codes.double() - self._per_channel(self.zero_point.double(), self.axis)
         if self.input_scale is None:
+            if by_operators:
+                high, low, step = _bytes_of_units(x)
+                totals = [self.compute(part.double(), weight).float() for part in (high, low)]
+                return self._from_bytes(totals[0], totals[1], step)
             weight = weight * self._per_channel(self.scale.double(), self.axis)
             return self.compute(x, weight.float(), self.bias)
         codes = torch.round(x.double() / self.input_scale.double())
@@ -147,7 +176,11 @@ class IntegerLayer(nn.Module):
         multiplier = self._along(self.bias_scale / self.output_scale, total, channels)
         return torch.round(total * multiplier) * self.output_scale
 
-    def _operators(self, x: Tensor) -> Tensor:
+    def _from_bytes(self, high: Tensor, low: Tensor, step: Tensor) -> Tensor:
+        scale, bias = (self._along(values, high, 1) for values in (self.scale, self.bias))
+        return (high * 256 + low) * (step * scale) + bias
+
+    def _fused(self, x: Tensor) -> Tensor:
         weight = _dequantized(self.codes, self.scale, self.zero_point, self.codes.shape, self.axis)
         bias = self.bias
         if self.input_scale is not None:
@@ -157,6 +190,70 @@ class IntegerLayer(nn.Module):
             return _operator("Gemm", [x, weight, bias], {"transB": 1}, torch.float32, shape)
         return self.compute(x, weight, bias)
 
+    def _operators(self, x: Tensor) -> Tensor:
+        if self.input_scale is not None and self.input_zero_point is not None:
+            operands = [x, self.input_scale, self.input_zero_point]
+            codes = _operator("QuantizeLinear", operands, {}, torch.uint8, x.shape)
+            total = self._products(codes, self.input_zero_point)
+            total = (total + self._along(self.bias, total, 1)).float()
+            return total * self._along(self.bias_scale, total, 1)
+        if self.linear:
+            x = x[:, :, None, None]
+        high, low, step = _bytes_of_units(x)
+        zeros = [torch.tensor(value, dtype=torch.uint8, device=x.device) for value in (128, 0)]
+        totals = [
+            self._products((part + zero).to(torch.uint8), zero).float()
+            for part, zero in zip((high, low), zeros, strict=True)
+        ]
+        result = self._from_bytes(totals[0], totals[1], step)
+        return result.flatten(1) if self.linear else result
+
+    def _products(self, x: Tensor, zero_point: Tensor) -> Tensor:
+        """Sums of products [B, C_out, ...], int32, of codes [B, C_in, ...] of type uint8.
+
+        The kernel knows one zero point of the weights only: what is missing to that of a channel comes from the sum of
+        its inputs.
+        """
+        codes = self.codes[:, :, None, None] if self.linear else self.codes
+        if self.one_zero_point:
+            return self._convolution(x, zero_point, codes, self.zero_point[0])
+        middle = torch.full_like(self.zero_point[0], 128)
+        total = self._convolution(x, zero_point, codes, middle)
+        missing = middle.int() - self.zero_point.int()
+        groups = 1 if self.linear else self.compute.keywords["groups"]
+        inputs = self._convolution(x, zero_point, torch.full_like(codes[:groups], 129), middle)
+        if groups > 1:
+            inputs = inputs.repeat_interleave(len(codes) // groups, 1)
+        return total + inputs * self._along(missing, total, 1)
+
+    def _convolution(self, x: Tensor, x_zero: Tensor, codes: Tensor, zero: Tensor) -> Tensor:
+        geometry: dict[str, Any] = {} if self.linear else self.compute.keywords
+        kernel = list(codes.shape[2:])
+        single = [1] * len(kernel)
+        strides, padding, dilations = (
+            list(geometry.get(name, default))
+            for name, default in (
+                ("stride", single),
+                ("padding", [0] * len(kernel)),
+                ("dilation", single),
+            )
+        )
+        sides = [
+            (side + 2 * pad - dilation * (size - 1) - 1) // stride + 1
+            for side, size, stride, pad, dilation in zip(
+                x.shape[2:], kernel, strides, padding, dilations, strict=True
+            )
+        ]
+        attributes = {
+            "strides": strides,
+            "pads": 2 * padding,
+            "dilations": dilations,
+            "group": geometry.get("groups", 1),
+            "kernel_shape": kernel,
+        }
+        shape = (x.shape[0], codes.shape[0], *sides)
+        return _operator("ConvInteger", [x, codes, x_zero, zero], attributes, torch.int32, shape)
+
     def _per_channel(self, values: Tensor, axis: int) -> Tensor:
         return self._along(values, self.codes, axis)
 
@@ -165,6 +262,17 @@ class IntegerLayer(nn.Module):
         shape = [1] * x.ndim
         shape[axis] = -1
         return values.reshape(shape)
+
+
+def _bytes_of_units(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of any range as 16-bit codes in two parts, high in [-128, 127] and low in [0, 255], and their unit.
+
+    The unit is a share of the largest number of an image [B, 1, ...]; ``256 * high + low`` of it are next to x.
+    """
+    step = x.abs().amax(tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-30) / LARGEST_UNIT
+    units = torch.round(x / step)
+    high = torch.floor(units / 256)
+    return high, units - 256 * high, step
 
 
 class IntegerAddition(nn.Module):
@@ -266,7 +374,8 @@ def deploy(model: fx.GraphModule) -> fx.GraphModule:
 
     Batch norms behind quantized layers are folded into the scales of the weight codes, which changes no code. Codes of
     few bits are multiplied to fill 8 bits, which makes the unit of the accumulator fine. Biases are rounded to whole
-    units where the input is on a grid. ReLUs that the quantizer behind them implies are left out.
+    units where the input is on a grid. ReLUs that the quantizer behind them implies are left out. Scales of sums and of
+    what they add get short quotients.
 
     Args:
         model: result of :func:`quantize_model` with ranges in all of its activation quantizers.
