@@ -19,12 +19,14 @@ import callbacks
 import datamodules
 import lightning_modules
 from callbacks.checkpoint import (
+    EXIT_PREEMPTED,
     AtomicCheckpointIO,
     Preempted,
     ResumableCheckpoint,
     refuse_other_hyperparameters,
+    signals_stop_at_once,
 )
-from callbacks.environment import ClusterGuard
+from callbacks.environment import ClusterError, ClusterGuard
 from callbacks.finite import FiniteGuard
 from callbacks.lifeline import EXIT_ERROR
 from callbacks.loggers import ResumableCSVLogger
@@ -45,7 +47,6 @@ DESCRIPTION = (
     "Adversaria: train.py fit -c configs/PAPER/DATASET.yaml [-c configs/trainer/OVERLAY.yaml] [--KEY VALUE ...]; "
     "train.py test|validate|predict --ckpt_path FILE; train.py sweep --help for several runs and their mean"
 )
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the job script requeues on it
 
 # A class that was imported can be named in a configuration without its module.
 for package in (lightning_modules, datamodules, callbacks):
@@ -56,9 +57,7 @@ for package in (lightning_modules, datamodules, callbacks):
 class AdversariaCLI(LightningCLI):
     """LightningCLI with run directories, a test after fit, and configuration that wins over checkpoints."""
 
-    def __init__(self, guard: ClusterGuard, *args: Any, **kwargs: Any) -> None:
-        self.guard = guard
-        super().__init__(*args, **kwargs)
+    guard = ClusterGuard()  # one for the process
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections ``run`` and ``checkpoint``."""
@@ -159,25 +158,25 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         lambda record: "litlogger" not in record.getMessage()
     )
     inherited = chosen_directory()
-    guard = ClusterGuard()
+    guard = AdversariaCLI.guard
     try:
         if arguments[:1] == ["sweep"]:
             sweep(arguments[1:])
             return None
-        return AdversariaCLI(
-            guard,
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults={"devices": 1},
-            parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
-            | {"exit_on_error": False, "description": DESCRIPTION},
-            args=args,
-        )
+        with signals_stop_at_once():
+            return AdversariaCLI(
+                LightningModule,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_callback=None,
+                trainer_defaults={"devices": 1},
+                parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
+                | {"exit_on_error": False, "description": DESCRIPTION},
+                args=args,
+            )
     except Preempted as stop:
         message, code = guard.conclude(stop, EXIT_PREEMPTED)
         if message is not None:
@@ -194,7 +193,8 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         message, code = guard.conclude(error, EXIT_ERROR)
         if message is not None:
             print(f"error: {message}", file=sys.stderr)
-        keep_traceback(guard.directory)
+        if not isinstance(error, ClusterError):
+            keep_traceback(guard.directory)
         sys.exit(code)
     finally:
         guard.leave()
