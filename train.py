@@ -57,7 +57,9 @@ for package in (lightning_modules, datamodules, callbacks):
 class AdversariaCLI(LightningCLI):
     """LightningCLI with run directories, a test after fit, and configuration that wins over checkpoints."""
 
-    guard = ClusterGuard()  # one for the process
+    def __init__(self, guard: ClusterGuard, *args: Any, **kwargs: Any) -> None:
+        self.guard = guard
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections ``run`` and ``checkpoint``."""
@@ -142,6 +144,58 @@ class AdversariaCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+class ParsedCommand(AdversariaCLI):
+    """A command that is parsed but not run: no seed, no run directory, no trainer."""
+
+    def _set_seed(self) -> None:
+        """Nothing random follows."""
+
+    def before_instantiate_classes(self) -> None:
+        """Opens no directory."""
+
+    def instantiate_classes(self) -> None:
+        """Only what was parsed."""
+        self._dump_config()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Not wanted."""
+
+
+class RehearsedCommand(ParsedCommand):
+    """The same, after building model, data and callbacks, whose constructors check their arguments."""
+
+    def instantiate_classes(self) -> None:
+        """Builds them and lets them go."""
+        super().instantiate_classes()
+        self.parser.instantiate_classes(self.config)
+
+
+def command_line(
+    kind: type[AdversariaCLI], arguments: list[str], guard: ClusterGuard
+) -> AdversariaCLI:
+    """A command of this program, as ``kind`` treats it."""
+    return kind(
+        guard,
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        trainer_defaults={"devices": 1},
+        parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
+        | {"exit_on_error": False, "description": DESCRIPTION},
+        args=arguments,
+    )
+
+
+def rehearse(arguments: list[str], build: bool) -> dict[str, Any]:
+    """The whole configuration of a command, without running it; with ``build`` its classes are built as well."""
+    kind = RehearsedCommand if build else ParsedCommand
+    return command_line(kind, arguments, ClusterGuard()).config_dump
+
+
 def main(args: list[str] | None = None) -> AdversariaCLI | None:
     """Runs one command.
 
@@ -158,25 +212,15 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         lambda record: "litlogger" not in record.getMessage()
     )
     inherited = chosen_directory()
-    guard = AdversariaCLI.guard
+    guard = ClusterGuard()
     try:
         if arguments[:1] == ["sweep"]:
-            sweep(arguments[1:])
-            return None
+            chosen = sweep(arguments[1:], rehearse)
+            if chosen is None:
+                return None
+            arguments = chosen
         with signals_stop_at_once():
-            return AdversariaCLI(
-                LightningModule,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                auto_configure_optimizers=False,
-                seed_everything_default=0,
-                save_config_callback=None,
-                trainer_defaults={"devices": 1},
-                parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
-                | {"exit_on_error": False, "description": DESCRIPTION},
-                args=args,
-            )
+            return command_line(AdversariaCLI, arguments, guard)
     except Preempted as stop:
         message, code = guard.conclude(stop, EXIT_PREEMPTED)
         if message is not None:
