@@ -24,8 +24,9 @@ from callbacks.checkpoint import (
     Preempted,
     ResumableCheckpoint,
     refuse_other_hyperparameters,
+    signals_stop_at_once,
 )
-from callbacks.environment import ClusterGuard
+from callbacks.environment import ClusterError, ClusterGuard
 from callbacks.finite import FiniteGuard
 from callbacks.lifeline import EXIT_ERROR
 from callbacks.loggers import ResumableCSVLogger, RunWandbLogger
@@ -224,7 +225,8 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
             if chosen is None:
                 return None
             arguments = chosen
-        return command_line(AdversariaCLI, arguments, guard)
+        with signals_stop_at_once():
+            return command_line(AdversariaCLI, arguments, guard)
     except Preempted as stop:
         message, code = guard.conclude(stop, EXIT_PREEMPTED)
         if message is not None:
@@ -241,7 +243,8 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         message, code = guard.conclude(error, EXIT_ERROR)
         if message is not None:
             print(f"error: {message}", file=sys.stderr)
-        keep_traceback(guard.directory)
+        if not isinstance(error, ClusterError):
+            keep_traceback(guard.directory)
         sys.exit(code)
     finally:
         guard.leave()
