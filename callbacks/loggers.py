@@ -211,10 +211,10 @@ class RunWandbLogger(WandbLogger):
 
 
 def _run_id(path: Path) -> str:
-    """The id kept in ``path``, made up if there is none."""
+    """The id kept in ``path``; that which the agent of a sweep gave or a new one if there is none."""
     kept = path.read_text().strip() if path.exists() else ""
     if not kept:
-        kept = secrets.token_hex(4)
+        kept = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         beside = path.with_suffix(".part")
         beside.write_text(kept + "\n")
         os.replace(beside, path)
