@@ -25,7 +25,9 @@ from callbacks.checkpoint import (
     ResumableCheckpoint,
     refuse_other_hyperparameters,
 )
+from callbacks.environment import ClusterGuard
 from callbacks.finite import FiniteGuard
+from callbacks.lifeline import EXIT_ERROR
 from callbacks.loggers import ResumableCSVLogger
 from callbacks.predictions import PredictionWriter
 from callbacks.run import (
@@ -53,6 +55,10 @@ for package in (lightning_modules, datamodules, callbacks):
 
 class AdversariaCLI(LightningCLI):
     """LightningCLI with run directories, a test after fit, and configuration that wins over checkpoints."""
+
+    def __init__(self, guard: ClusterGuard, *args: Any, **kwargs: Any) -> None:
+        self.guard = guard
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections ``run`` and ``checkpoint``."""
@@ -105,13 +111,19 @@ class AdversariaCLI(LightningCLI):
         if config["logger"] is None or config["logger"] is True:
             kwargs["logger"] = ResumableCSVLogger(str(self.directory))
         self._dump_config()
-        recorder = RunRecorder(
-            yaml.safe_dump(self.config_dump, sort_keys=False),
-            self.config[self.subcommand].run.experiment,
-            self.subcommand,
-        )
-        self.trainer_defaults["callbacks"] = [FiniteGuard(), PredictionWriter(), recorder]
-        return super().instantiate_trainer(**kwargs)
+        text = yaml.safe_dump(self.config_dump, sort_keys=False)
+        experiment = self.config[self.subcommand].run.experiment
+        recorder = RunRecorder(text, experiment, self.subcommand)
+        self.guard.configuration = text
+        self.trainer_defaults["callbacks"] = [
+            FiniteGuard(),
+            PredictionWriter(),
+            recorder,
+            self.guard,
+        ]
+        trainer = super().instantiate_trainer(**kwargs)
+        self.guard.attach(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         """Refuses to continue a checkpoint under other hyper-parameters.
@@ -157,9 +169,12 @@ class RehearsedCommand(ParsedCommand):
         self.parser.instantiate_classes(self.config)
 
 
-def command_line(kind: type[AdversariaCLI], arguments: list[str]) -> AdversariaCLI:
+def command_line(
+    kind: type[AdversariaCLI], arguments: list[str], guard: ClusterGuard
+) -> AdversariaCLI:
     """A command of this program, as ``kind`` treats it."""
     return kind(
+        guard,
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -176,7 +191,8 @@ def command_line(kind: type[AdversariaCLI], arguments: list[str]) -> AdversariaC
 
 def rehearse(arguments: list[str], build: bool) -> dict[str, Any]:
     """The whole configuration of a command, without running it; with ``build`` its classes are built as well."""
-    return command_line(RehearsedCommand if build else ParsedCommand, arguments).config_dump
+    kind = RehearsedCommand if build else ParsedCommand
+    return command_line(kind, arguments, ClusterGuard()).config_dump
 
 
 def main(args: list[str] | None = None) -> AdversariaCLI | None:
@@ -195,16 +211,19 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         lambda record: "litlogger" not in record.getMessage()
     )
     inherited = chosen_directory()
+    guard = ClusterGuard()
     try:
         if arguments[:1] == ["sweep"]:
             chosen = sweep(arguments[1:], rehearse)
             if chosen is None:
                 return None
             arguments = chosen
-        return command_line(AdversariaCLI, arguments)
+        return command_line(AdversariaCLI, arguments, guard)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
+        message, code = guard.conclude(stop, EXIT_PREEMPTED)
+        if message is not None:
+            print(message, file=sys.stderr)
+        sys.exit(code)
     except ArgumentError as error:
         print(
             f"error: {readable_message(error)}\n(a recipe is given with -c configs/PAPER/DATASET.yaml; "
@@ -213,10 +232,13 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         )
         sys.exit(2)
     except (ArithmeticError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
-        print(f"error: {readable_message(error)}", file=sys.stderr)
-        keep_traceback()
-        sys.exit(1)
+        message, code = guard.conclude(error, EXIT_ERROR)
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr)
+        keep_traceback(guard.directory)
+        sys.exit(code)
     finally:
+        guard.leave()
         if inherited is None:
             os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
 

@@ -151,7 +151,7 @@ class AttributeReport(Callback):
         nearest_k: k of density and coverage.
         num_images: at most so many test images, evenly spaced; null for all.
         batch_size: images translated at once.
-        rows: images in the grid.
+        pictures: images in the grid.
         every_n_epochs: a grid of validation images after every so many epochs; null for the test only.
 
     Raises:
@@ -175,7 +175,7 @@ class AttributeReport(Callback):
         nearest_k: int = 5,
         num_images: int | None = None,
         batch_size: int = 32,
-        rows: int = 6,
+        pictures: int = 6,
         every_n_epochs: int | None = None,
     ) -> None:
         for name, value, least in (
@@ -186,7 +186,7 @@ class AttributeReport(Callback):
             ("nearest_k", nearest_k, 1),
             ("num_images", num_images, 1),
             ("batch_size", batch_size, 1),
-            ("rows", rows, 1),
+            ("pictures", pictures, 1),
             ("every_n_epochs", every_n_epochs, 1),
         ):
             if value is not None and value < least:
@@ -218,7 +218,7 @@ class AttributeReport(Callback):
         self.nearest_k = nearest_k
         self.num_images = num_images
         self.batch_size = batch_size
-        self.rows = rows
+        self.pictures = pictures
         self.every_n_epochs = every_n_epochs
         self._judges: dict[int, _Judge] = {}
         self._references: dict[int, PrecisionRecallDensityCoverage | None] = {}
@@ -543,7 +543,7 @@ class AttributeReport(Callback):
     @torch.no_grad()
     def _picture(self, trainer: Trainer, module: Any, member: Member, stage: str) -> Any:
         images = _set(member, stage)
-        places = torch.linspace(0, len(images) - 1, min(self.rows, len(images))).long()
+        places = torch.linspace(0, len(images) - 1, min(self.pictures, len(images))).long()
         batch = images.batch(places, module.device)
         real, own = batch["image"], batch["attributes"]
         targets = member.targets(own).unbind(1)

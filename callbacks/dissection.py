@@ -14,6 +14,7 @@ from torchvision.io import ImageReadMode, decode_image
 from callbacks.dissection_page import dissection_page, picture_uri
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
 from callbacks.report import require
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.dissection.bounds import LARGEST_LENGTH
 
 DIMMED = 0.35
@@ -53,8 +54,7 @@ class DissectionReport(Callback):
     """
 
     def __init__(self, pictures: int = 6) -> None:
-        if pictures < 0:
-            raise ValueError(f"pictures is a number of images, not {pictures}")
+        demand_at_least(0, pictures=pictures)
         self.pictures = pictures
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -15,6 +15,7 @@ from torchvision.utils import draw_bounding_boxes, save_image
 
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
 from callbacks.report import require, write_table
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.statistics import gather_over_ranks
 
@@ -85,8 +86,7 @@ class LocalizationReport(Callback):
     """
 
     def __init__(self, pictures: int = 12) -> None:
-        if pictures < 0:
-            raise ValueError(f"pictures is a number of images, not {pictures}")
+        demand_at_least(0, pictures=pictures)
         self.pictures = pictures
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -178,9 +178,8 @@ class LocalizationOverlays(Callback):
     """
 
     def __init__(self, pictures: int = 500, largest: int = 640) -> None:
-        for name, value, least in (("pictures", pictures, 0), ("largest", largest, 16)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        demand_at_least(0, pictures=pictures)
+        demand_at_least(16, largest=largest)
         self.pictures = pictures
         self.largest = largest
         self._found: dict[int, dict[str, Any]] = {}

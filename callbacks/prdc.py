@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.generated import generated_batches, generated_count
 from lightning_modules.metrics.features import feature_extractor
 from lightning_modules.metrics.prdc import (
@@ -30,8 +31,7 @@ class PRDCReport(Callback):
     """
 
     def __init__(self, pictures: int = 16) -> None:
-        if pictures < 0:
-            raise ValueError(f"pictures is a number of images, not {pictures}")
+        demand_at_least(0, pictures=pictures)
         self.pictures = pictures
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -230,8 +230,7 @@ class GenerativeMetrics(Callback):
     ) -> None:
         if num_images <= nearest_k:
             raise ValueError(f"num_images={num_images} must exceed nearest_k={nearest_k}")
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1")
+        demand_at_least(1, every_n_epochs=every_n_epochs)
         self.kinds = kinds
         self.references = ["test"] if references is None else references
         self.extractor = feature_extractor(features, weights_path)

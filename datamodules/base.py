@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.datasets import BatchDataset, unit_interval
 from datamodules.sampler import ShardedSampler
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import keyed_generator
 
 
@@ -75,14 +76,10 @@ class AdversariaDataModule(LightningDataModule):
         random_crop: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("random_crop", random_crop, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        demand_at_least(
+            1, batch_size=batch_size, eval_batch_size=eval_batch_size, random_crop=random_crop
+        )
+        demand_at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import BatchDataset
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -130,13 +131,9 @@ class NLIDataModule(AdversariaDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.save_hyperparameters(logger=False)
-        for name, value in (
-            ("train_size", train_size),
-            ("val_size", val_size),
-            ("test_size", test_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1 (--data.{name})")
+        demand_at_least(
+            1, option="--data.", train_size=train_size, val_size=val_size, test_size=test_size
+        )
         if dataset not in ("grammar", "snli"):
             raise ValueError(f"dataset={dataset!r} must be grammar or snli (--data.dataset)")
         if test_split not in SPLITS:

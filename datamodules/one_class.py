@@ -24,6 +24,7 @@ from datamodules.sources import (
     prepare_source,
     unknown_name,
 )
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 
 CLASS_NAMES = ["normal", "outlier"]
@@ -59,7 +60,7 @@ class OneClassDataModule(AdversariaDataModule):
         batch_size: training batch over all processes together.
         eval_batch_size: batch of one process in validation, test and prediction.
         num_workers: loader processes.
-        holdout: fraction of each normal class (of the clips of ``ped2``) held out for validation.
+        val_fraction: fraction of each normal class (of the clips of ``ped2``) held out for validation.
         outlier_proportion: share of outliers in the test set; they are spread evenly over the
             classes as far as these have enough.
         outliers_per_class: so many outliers of each class. null for both: all of them.
@@ -101,7 +102,7 @@ class OneClassDataModule(AdversariaDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         num_workers: int = 0,
-        holdout: float = 0.1,
+        val_fraction: float = 0.1,
         outlier_proportion: float | None = None,
         outliers_per_class: int | None = None,
         outlier_classes: list[str | int] | None = None,
@@ -114,17 +115,19 @@ class OneClassDataModule(AdversariaDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
-        for name, value in (
-            ("normal_count", normal_count),
-            ("image_size", image_size),
-            ("outliers_per_class", outliers_per_class),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-            ("patch_size", patch_size),
+        demand_at_least(
+            1,
+            normal_count=normal_count,
+            image_size=image_size,
+            outliers_per_class=outliers_per_class,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            patch_size=patch_size,
+        )
+        for name, share in (
+            ("val_fraction", val_fraction),
+            ("outlier_proportion", outlier_proportion),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        for name, share in (("holdout", holdout), ("outlier_proportion", outlier_proportion)):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name}={share} is a fraction between 0 and 1; use e.g. 0.1")
         if not 0 <= motion_threshold < 255:
@@ -135,7 +138,7 @@ class OneClassDataModule(AdversariaDataModule):
         self.normal_count = normal_count
         self.split = split
         self.image_size = image_size
-        self.holdout = holdout
+        self.val_fraction = val_fraction
         self.outlier_proportion = outlier_proportion
         self.outliers_per_class = outliers_per_class
         self.outlier_classes = (
@@ -221,7 +224,7 @@ class OneClassDataModule(AdversariaDataModule):
         return {
             "dataset": self.dataset,
             **of_set,
-            "holdout": self.holdout,
+            "val_fraction": self.val_fraction,
             "holdout_inliers": self.holdout_inliers,
             "train_limit": self.train_limit,
             "counts": dict(self._counts),
@@ -362,7 +365,7 @@ class OneClassDataModule(AdversariaDataModule):
         """Which images to train on, and which are held out."""
         normal = self._normal_members(source)
         rest, drawn = draw_per_class(
-            source.labels[normal], self.holdout, f"{self.dataset} one-class holdout"
+            source.labels[normal], self.val_fraction, f"{self.dataset} one-class holdout"
         )
         train, val = normal[rest], normal[drawn]
         if self.train_limit is not None:
@@ -470,11 +473,11 @@ class OneClassDataModule(AdversariaDataModule):
     def _read_training_clips(self) -> None:
         # Whole clips, since the same people walk through all frames of one.
         clips = torch.zeros(len(list_clips(self.root, train=True)))
-        rest, drawn = draw_per_class(clips, self.holdout, "ped2 one-class holdout")
+        rest, drawn = draw_per_class(clips, self.val_fraction, "ped2 one-class holdout")
         if not len(rest):
             raise ValueError(
-                f"holdout={self.holdout} leaves none of the {len(clips)} training clips in "
-                f"{self.root} to train on; use more clips or a smaller --data.holdout"
+                f"val_fraction={self.val_fraction} leaves none of the {len(clips)} training clips in "
+                f"{self.root} to train on; use more clips or a smaller --data.val_fraction"
             )
         train, self.val = (self._read_clips(True, chosen)[0] for chosen in (rest, drawn))
         if self.train_limit is not None:

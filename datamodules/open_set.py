@@ -29,6 +29,7 @@ from datamodules.sources import (
     open_source,
     prepare_source,
 )
+from lightning_modules.arguments import demand_at_least
 
 MNIST_HOLDOUT = 5000
 
@@ -60,7 +61,7 @@ class OpenSetDataModule(AdversariaDataModule):
         batch_size: training batch over all processes together.
         eval_batch_size: batch of one process in validation, test and prediction.
         num_workers: loader processes.
-        holdout: fraction of each known class held out for validation; null takes the rule above.
+        val_fraction: fraction of each known class held out for validation; null takes the rule above.
         horizontal_flip: mirror training images with probability 1/2.
         download: fetch what is missing into ``root``.
         train_limit: use at most so many training images per known class (drawn like the held-out
@@ -92,7 +93,7 @@ class OpenSetDataModule(AdversariaDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         num_workers: int = 0,
-        holdout: float | None = None,
+        val_fraction: float | None = None,
         horizontal_flip: bool = False,
         download: bool = False,
         train_limit: int | None = None,
@@ -100,21 +101,17 @@ class OpenSetDataModule(AdversariaDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, horizontal_flip)
-        for name, value in (
-            ("image_size", image_size),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if holdout is not None and not 0 < holdout < 1:
-            raise ValueError(f"holdout={holdout} is a fraction between 0 and 1; use e.g. 0.1")
+        demand_at_least(1, image_size=image_size, train_limit=train_limit, test_limit=test_limit)
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"
+            )
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
         self.protocol = protocol
         self.image_size = image_size
-        self.holdout = holdout
+        self.val_fraction = val_fraction
         self.download = download
         self.train_limit = train_limit
         self.test_limit = test_limit
@@ -258,17 +255,17 @@ class OpenSetDataModule(AdversariaDataModule):
         source = self._open(self._known_source, train=True)
         labels = self._network_labels(source)
         known = (labels >= 0).nonzero().flatten()
-        if self.dataset == "mnist" and self.holdout is None:
+        if self.dataset == "mnist" and self.val_fraction is None:
             first_held_out = len(labels) - MNIST_HOLDOUT
             if first_held_out <= 0:
                 raise ValueError(
                     f"{self.root} has {len(labels)} MNIST training images, of which the last "
-                    f"{MNIST_HOLDOUT} would be held out; use --data.holdout 0.1"
+                    f"{MNIST_HOLDOUT} would be held out; use --data.val_fraction 0.1"
                 )
             train, val = known[known < first_held_out], known[known >= first_held_out]
         else:
             rest, drawn = draw_per_class(
-                source.labels[known], self.holdout or 0.1, f"{self._known_source} holdout"
+                source.labels[known], self.val_fraction or 0.1, f"{self._known_source} holdout"
             )
             train, val = known[rest], known[drawn]
         if self.train_limit is not None:

@@ -23,6 +23,7 @@ from datamodules.probing_sources import (
 from datamodules.shapes import Scenes
 from datamodules.shapes_options import SceneOptions
 from datamodules.sources import unknown_name
+from lightning_modules.arguments import demand_at_least
 
 DATASETS = ("shapes", "camvid", "broden")
 SCENES = SceneOptions()
@@ -107,14 +108,8 @@ class ProbingDataModule(AdversariaDataModule):
                 )
         if limit is not None and dataset == "shapes":
             raise ValueError(f"limit={limit} does not apply to shapes; use --data.shapes_test")
-        for name, value in (
-            ("image_size", image_size),
-            ("limit", limit),
-            ("shapes_train", shapes_train),
-            ("shapes_test", shapes_test),
-        ):
-            if value is not None and not 1 <= value <= 10**9:
-                raise ValueError(f"{name}={value} must be at least 1 and at most {10**9}")
+        demand_at_least(1, most=10**9, image_size=image_size, limit=limit)
+        demand_at_least(1, most=10**9, shapes_train=shapes_train, shapes_test=shapes_test)
         if frame_scale is not None and not 0 < frame_scale <= 1:
             raise ValueError(f"frame_scale={frame_scale} must be in (0, 1]")
         self.dataset = dataset

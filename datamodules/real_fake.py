@@ -27,6 +27,7 @@ from datamodules.sources import (
     prepare_source,
     unknown_name,
 )
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 
 FEATURE_SUFFIXES = (".npy", ".pt", ".pth")
@@ -112,9 +113,7 @@ class RealFakeDataModule(AdversariaDataModule):
         download: bool = False,
     ) -> None:
         super().__init__(eval_batch_size=eval_batch_size, num_workers=num_workers)
-        for name, value in (("image_size", image_size), ("limit", limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(1, image_size=image_size, limit=limit)
         # Not to the loggers: Lightning refuses to merge them with a module's own image_size or limit.
         self.save_hyperparameters(logger=False)
         self.real = real

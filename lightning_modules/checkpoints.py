@@ -1,10 +1,11 @@
-"""A module read from a checkpoint without being told its class, to be used and not trained."""
+"""Checkpoints read: a module of this collection without being told its class, and weights of the released codes."""
 
 from contextvars import Context
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from lightning_modules.paper import PaperModule
 
@@ -45,6 +46,35 @@ def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
             found[0].load_from_checkpoint, path, map_location="cpu", weights_only=True
         )
     return cast(PaperModule, module.eval().requires_grad_(False))
+
+
+def read_reference_state(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict of a network in a file of a released code, on the CPU.
+
+    Args:
+        path: of the file.
+        key: under which the file has it; None: it is all there is in the file.
+
+    Returns:
+        Weights by name, without the ``module.`` that networks saved from DataParallel have before it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: it cannot be read, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        stored: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = stored if key is None else stored.get(key)
+        if state is None:
+            raise KeyError(f"it has no {key}, only {', '.join(map(str, list(stored)[:5]))}")
+        return {name.removeprefix("module."): value.detach() for name, value in state.items()}
+    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
+        raise RuntimeError(
+            f"{path} does not hold the weights of a network ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _descendants(kind: type[PaperModule]) -> list[type[PaperModule]]:

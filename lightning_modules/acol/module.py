@@ -13,7 +13,7 @@ import math
 import string
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from lightning_modules.acol.networks import (
     Stage,
     build_backbone,
 )
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.boxes import boxes_from_map
 from lightning_modules.metrics.localization import (
     LocalizationError,
@@ -42,6 +43,7 @@ from lightning_modules.nn.norm import Norm
 
 ClassifyWith = Literal["a", "b", "mean"]
 EraseClass = Literal["each", "predicted", "label"]
+Schedule = Literal["step", "one_cycle"]
 
 DEFAULT_THRESHOLD = 0.2
 
@@ -135,7 +137,7 @@ class ACoL(NamedClasses):
         momentum: float = 0.9,
         nesterov: bool = True,
         epochs: int = 60,
-        lr_schedule: Literal["step", "one_cycle"] = "step",
+        lr_schedule: Schedule = "step",
         decay_epochs: list[int] | None = None,
         decay_factor: float = 0.1,
     ) -> None:
@@ -201,20 +203,13 @@ class ACoL(NamedClasses):
 
     def _check_arguments(self) -> None:
         hp = self.hp
-        for name, least in (("num_classes", 2), ("epochs", 1), ("head_width", 1), ("width", 1)):
-            if hp[name] < least:
-                raise ValueError(f"{name}={hp[name]} must be at least {least} (--model.{name})")
-        choices = {
-            "classify_with": ClassifyWith,
-            "erase_class": EraseClass,
-            "rest_loss": RestLoss,
-            "lr_schedule": Literal["step", "one_cycle"],
-        }
-        for name, allowed in choices.items():
-            if hp[name] not in get_args(allowed):
-                raise ValueError(
-                    f"unknown {name}={hp[name]!r} (--model.{name}); choose one of {', '.join(get_args(allowed))}"
-                )
+        demand_at_least(2, option="--model.", num_classes=hp.num_classes)
+        sizes = {name: hp[name] for name in ("epochs", "head_width", "width")}
+        demand_at_least(1, option="--model.", **sizes)
+        demand_choice(ClassifyWith, option="--model.", classify_with=hp.classify_with)
+        demand_choice(EraseClass, option="--model.", erase_class=hp.erase_class)
+        demand_choice(RestLoss, option="--model.", rest_loss=hp.rest_loss)
+        demand_choice(Schedule, option="--model.", lr_schedule=hp.lr_schedule)
         if hp.classify_with == "b" and self.chain[1:2] != "p":
             raise ValueError(
                 f"classify_with='b' needs a second stage that learns the label; recipe={hp.recipe!r} has none: set "

@@ -20,6 +20,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.cyclegan.losses import (
     Convention,
     Objective,
@@ -73,7 +74,7 @@ class CycleGAN(AdversarialModule):
         init_gain: standard deviation or gain of the drawn weights.
         objective: of the adversarial game. ``wgangp`` has a gradient penalty here; in the released code its critic is
             unconstrained.
-        gradient_penalty_weight: of that penalty.
+        lambda_gp: of that penalty.
         lambda_A: weight of the cycle A to B to A.
         lambda_B: weight of the cycle B to A to B.
         lambda_identity: weight of the identity terms relative to the cycles; 0 saves a third of the generators' work.
@@ -112,7 +113,7 @@ class CycleGAN(AdversarialModule):
         init: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal",
         init_gain: float = 0.02,
         objective: Objective = "lsgan",
-        gradient_penalty_weight: float = 10.0,
+        lambda_gp: float = 10.0,
         lambda_A: float = 10.0,
         lambda_B: float = 10.0,
         lambda_identity: float = 0.5,
@@ -137,10 +138,7 @@ class CycleGAN(AdversarialModule):
             raise ValueError(
                 f"n_epochs={n_epochs} and n_epochs_decay={n_epochs_decay} must be at least 1 together, none negative"
             )
-        weights = {"lambda_A": lambda_A, "lambda_B": lambda_B, "lambda_identity": lambda_identity}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name}={weight} must not be negative")
+        demand_at_least(0, lambda_A=lambda_A, lambda_B=lambda_B, lambda_identity=lambda_identity)
         self.cycle_weights = (lambda_A, lambda_B)
         if objective == "wgangp":
             self.gradient_penalised = ("discriminator_a", "discriminator_b")
@@ -214,18 +212,18 @@ class CycleGAN(AdversarialModule):
         """
         hp = self.hp
         with self.update("generators") as minimize:
-            fake_b, fake_a = self.generate(a, "AtoB"), self.generate(b, "BtoA")
+            fake_b, fake_a = self.translate_raw(a, "AtoB"), self.translate_raw(b, "BtoA")
             identities: dict[str, Tensor] = {}
             if hp.lambda_identity > 0:
                 identities = {
-                    "idt_A": self.generate(b, "AtoB"),
-                    "idt_B": self.generate(a, "BtoA"),
+                    "idt_A": self.translate_raw(b, "AtoB"),
+                    "idt_B": self.translate_raw(a, "BtoA"),
                 }
             terms = cyclegan_generator_losses(
                 a,
                 b,
-                self.generate(fake_b, "BtoA"),
-                self.generate(fake_a, "AtoB"),
+                self.translate_raw(fake_b, "BtoA"),
+                self.translate_raw(fake_a, "AtoB"),
                 self.discriminator_b(fake_b),
                 self.discriminator_a(fake_a),
                 **identities,
@@ -269,7 +267,7 @@ class CycleGAN(AdversarialModule):
         if hp.objective == "wgangp":
             alpha = self.draw(f"alpha {side}", "uniform", len(real))
             penalty = gradient_penalty(critic, real, fake, alpha)
-            losses[f"penalty_{side}"] = hp.gradient_penalty_weight * penalty
+            losses[f"penalty_{side}"] = hp.lambda_gp * penalty
         return losses
 
     def _from_pool(self, side: str, fake: Tensor) -> Tensor:
@@ -301,7 +299,7 @@ class CycleGAN(AdversarialModule):
             else images
         )
 
-    def generate(self, x: Tensor, direction: Direction) -> Tensor:
+    def translate_raw(self, x: Tensor, direction: Direction) -> Tensor:
         """Translations [B, C', H, W] in [-1, 1] of images [B, C, H, W] in [-1, 1] of any size, with gradients."""
         name = "generator_ab" if direction == "AtoB" else "generator_ba"
         # Outside a training a running average of the generator, where there is one, stands for it.
@@ -318,7 +316,7 @@ class CycleGAN(AdversarialModule):
         """
         if direction not in ("AtoB", "BtoA"):
             raise ValueError(f"direction={direction!r} must be AtoB or BtoA")
-        return (self.generate(self.to_network(images), direction) + 1) / 2
+        return (self.translate_raw(self.to_network(images), direction) + 1) / 2
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.analysis import (
     accuracy_when_firing,
@@ -166,28 +167,21 @@ class Dissection(PaperModule):
                 raise ValueError(f"{name}={value} must be a share in (0, 1) (--model.{name})")
         if not 0 < alpha < 0.5:
             raise ValueError(f"alpha={alpha} must be in (0, 0.5) (--model.alpha)")
-        least = {
-            "width": (width, 1),
-            "train_steps": (train_steps, 1),
-            "train_batch_size": (train_batch_size, 1),
-            "beam_size": (beam_size, 1),
-            "max_length": (max_length, 1),
-            "candidate_limit": (candidate_limit, 1),
-            "certify": (certify, 0),
-            "top_images": (top_images, 0),
-            "edits": (edits, 0),
-        }
-        for name, (number, lowest) in least.items():
-            if number is not None and number < lowest:
-                raise ValueError(f"{name}={number} must be at least {lowest} (--model.{name})")
-        for name, given, choices in (
-            ("scope", scope, ("all", "category", "active")),
-            ("mode", mode, ("distinct", "reference")),
-            ("upsample", upsample, ("bilinear", "receptive_field")),
-            ("interpolation", interpolation, ("linear", "hazen")),
-        ):
-            if given not in choices:
-                raise ValueError(f"{name}={given!r} must be one of {', '.join(choices)}")
+        demand_at_least(
+            1,
+            option="--model.",
+            width=width,
+            train_steps=train_steps,
+            train_batch_size=train_batch_size,
+            beam_size=beam_size,
+            max_length=max_length,
+            candidate_limit=candidate_limit,
+        )
+        demand_at_least(0, option="--model.", certify=certify, top_images=top_images, edits=edits)
+        demand_choice(Scope, option="--model.", scope=scope)
+        demand_choice(Mode, option="--model.", mode=mode)
+        demand_choice(Upsampling, option="--model.", upsample=upsample)
+        demand_choice(Interpolation, option="--model.", interpolation=interpolation)
         if (upsample == "receptive_field") != (
             field_scale is not None and field_offset is not None
         ):

@@ -13,6 +13,7 @@ from torch.optim import Adam
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.networks import LABELS, PAD, UNK, BowmanEntailmentClassifier
 from lightning_modules.paper import PaperModule
@@ -56,9 +57,9 @@ class NLIClassifier(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name in ("embedding_dim", "hidden_dim", "epochs"):
-            if self.hp[name] < 1:
-                raise ValueError(f"{name}={self.hp[name]} must be at least 1 (--model.{name})")
+        demand_at_least(
+            1, option="--model.", embedding_dim=embedding_dim, hidden_dim=hidden_dim, epochs=epochs
+        )
         if not lr > 0:
             raise ValueError(f"lr={lr} must be positive (--model.lr)")
         if head not in ("bowman", "minimal"):
@@ -118,7 +119,7 @@ class NLIClassifier(PaperModule):
         return super().load_state_dict(state_dict, *args, **options)
 
     @classmethod
-    def from_published(cls, checkpoint: Mapping[str, Any]) -> "NLIClassifier":
+    def from_reference(cls, checkpoint: Mapping[str, Any]) -> "NLIClassifier":
         """The module of a checkpoint in the format of the released code.
 
         Args:
@@ -127,7 +128,7 @@ class NLIClassifier(PaperModule):
         Raises:
             ValueError: entries are missing, of another network, or do not fit each other.
         """
-        network = BowmanEntailmentClassifier.from_published(checkpoint)
+        network = BowmanEntailmentClassifier.from_reference(checkpoint)
         numbers = checkpoint.get("stoi")
         rows, embedding_dim = network.encoder.emb.weight.shape
         if not isinstance(numbers, Mapping) or sorted(numbers.values()) != list(range(rows)):
@@ -139,8 +140,8 @@ class NLIClassifier(PaperModule):
         module.network = network
         return module
 
-    def published(self) -> dict[str, Any]:
-        """The checkpoint in the format of the released code; the inverse of :meth:`from_published`."""
+    def reference_checkpoint(self) -> dict[str, Any]:
+        """The checkpoint in the format of the released code; the inverse of :meth:`from_reference`."""
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
         return {"state_dict": state, "stoi": dict(self._numbers), "itos": list(self.vocabulary)}
 
@@ -258,7 +259,7 @@ def load_nli_classifier(path: str | Path, option: str = "--model.classifier") ->
                 f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
             ) from error
     if isinstance(checkpoint, dict) and "stoi" in checkpoint:
-        module = NLIClassifier.from_published(checkpoint)
+        module = NLIClassifier.from_reference(checkpoint)
         return module.eval().requires_grad_(False)
     loaded = load_frozen(path, option, use_vocabulary="is no sentence-pair classifier")
     assert isinstance(loaded, NLIClassifier)

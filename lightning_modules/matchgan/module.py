@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import enumerate_label_space
 from lightning_modules.matchgan.losses import (
     Matching,
@@ -40,6 +41,7 @@ from lightning_modules.randomness import keyed_generator
 from lightning_modules.stargan.module import StarGAN, Task
 
 BatchKind = Literal["labelled", "unlabelled"]
+IdleHeads = Literal["zero", "skip"]
 
 
 class MatchGAN(StarGAN):
@@ -76,7 +78,7 @@ class MatchGAN(StarGAN):
         match_reduction: MatchReduction = "mean",
         d_match_source: MatchSource = "real",
         schedule: MatchSchedule = "reference",
-        idle_heads: Literal["zero", "skip"] = "zero",
+        idle_heads: IdleHeads = "zero",
         n_groups: int = 4,
         group_size: int = 4,
         **stargan: Any,
@@ -88,18 +90,10 @@ class MatchGAN(StarGAN):
                 f"MatchGAN trains on one data set, attributes={hp.attributes} are of {len(self.names)}; its unlabelled "
                 "images may come from anywhere"
             )
-        if lambda_match < 0:
-            raise ValueError(f"lambda_match={lambda_match} must not be negative")
-        choices = {
-            "match_reduction": ("mean", "sum_of_means"),
-            "d_match_source": ("real", "fake", "both"),
-            "idle_heads": ("zero", "skip"),
-        }
-        for name, known in choices.items():
-            if hp[name] not in known:
-                raise ValueError(
-                    f"unknown {name}={hp[name]!r}; choose one of {', '.join(known)} (--model.{name})"
-                )
+        demand_at_least(0, option="--model.", lambda_match=lambda_match)
+        demand_choice(MatchReduction, option="--model.", match_reduction=match_reduction)
+        demand_choice(MatchSource, option="--model.", d_match_source=d_match_source)
+        demand_choice(IdleHeads, option="--model.", idle_heads=idle_heads)
         # Both check their arguments before any training.
         match_pair_indices(n_groups * group_size, group_size)
         step_kind(0, True, hp.n_critic, schedule)
@@ -111,7 +105,7 @@ class MatchGAN(StarGAN):
         """StarGAN's critic with the match head."""
         hp = self.hp
         return MatchGANDiscriminator(
-            hp.image_size, hp.d_conv_dim, sum(self.dims), hp.d_repeat_num, hp.in_channels
+            hp.image_size, hp.ndf, sum(self.dims), hp.n_layers, hp.in_channels
         )
 
     # ------------------------------------------------------------------ schedule
@@ -229,7 +223,7 @@ class MatchGAN(StarGAN):
         """What the generator minimises, not weighted."""
         hp = self.hp
         return generator_terms(
-            self.generate,
+            self.translate_raw,
             self.discriminator,
             task.images,
             task.source,

@@ -13,7 +13,6 @@ Order of things:
 4. The anomaly score is that D on a reconstruction.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch.optim import Adam, Optimizer
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.anomaly import AnomalyMetrics, frame_scores
 from lightning_modules.metrics.open_set import acceptance_threshold
 from lightning_modules.nn.ema import AveragedNetwork
@@ -33,7 +33,6 @@ from lightning_modules.ognet.networks import (
     SMALLEST_IMAGE,
     OGNetDiscriminator,
     OGNetGenerator,
-    load_reference_networks,
 )
 from lightning_modules.ognet.phase_two import (
     Pairing,
@@ -137,11 +136,9 @@ class OGNet(AdversarialModule):
         hp = self.hp
         if hp.in_channels not in (1, 3):
             raise ValueError(f"in_channels={hp.in_channels} must be 1 or 3")
-        if hp.image_size < SMALLEST_IMAGE:
-            raise ValueError(f"image_size={hp.image_size} must be at least {SMALLEST_IMAGE}")
-        for name in ("phase_one_epochs", "phase_two_iterations"):
-            if hp[name] < 1:
-                raise ValueError(f"{name}={hp[name]} must be at least 1")
+        demand_at_least(SMALLEST_IMAGE, option="--model.", image_size=hp.image_size)
+        lengths = {name: hp[name] for name in ("phase_one_epochs", "phase_two_iterations")}
+        demand_at_least(1, option="--model.", **lengths)
         if not 0 <= hp.old_epoch < hp.phase_one_epochs:
             raise ValueError(
                 f"old_epoch={hp.old_epoch} must be one of the {hp.phase_one_epochs} epochs of phase one, from 0"
@@ -153,8 +150,7 @@ class OGNet(AdversarialModule):
             raise ValueError(
                 f"acceptance is a share of the normal images in (0, 1), not {hp.acceptance}"
             )
-        if hp.decision_score not in ROWS:
-            raise ValueError(f"decision_score {hp.decision_score!r} is none of {', '.join(ROWS)}")
+        demand_choice(ROWS, option="--model.", decision_score=hp.decision_score)
 
     # ------------------------------------------------------------------ schedule
     @property
@@ -470,29 +466,3 @@ class OGNet(AdversarialModule):
         if stage == "fit":
             trainer: Any = self.trainer
             trainer.reload_dataloaders_every_n_epochs = 1
-
-
-def load_reference_checkpoint(
-    g_path: str | Path, d_path: str | Path | None = None, image_size: int = 45
-) -> OGNet:
-    """An OGNet from checkpoints in the layout of the released code, ready to score.
-
-    The discriminator is taken for that of phase two. There is no old generator in it, and no threshold.
-
-    Args:
-        g_path: file with ``g_model_state_dict``.
-        d_path: file with ``d_model_state_dict``; None: it is in the same file.
-        image_size: side of the images they were trained on.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file cannot be read or holds something else.
-    """
-    generator, discriminator = load_reference_networks(g_path, d_path, image_size)
-    first: Any = generator.encoder[0]
-    module = OGNet(first.in_channels, image_size, first.out_channels)
-    module.generator.load_state_dict(generator.state_dict())
-    for name in ("discriminator", "tuned_discriminator"):
-        getattr(module, name).load_state_dict(discriminator.state_dict())
-    module.tuned.fill_(True)
-    return module.eval()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.cyclegan.module import CycleGAN, Direction
 from lightning_modules.nn.maps import normalize_map
 from lightning_modules.opgan.losses import AttentionNorm
@@ -92,9 +93,8 @@ class OPGAN(CycleGAN):
             lambda_A=alpha, lambda_B=alpha, lambda_identity=lambda_identity, **cyclegan
         )
         hp = self.hp
-        for name in ("beta", "content_negative_weight", "content_margin"):
-            if hp[name] < 0:
-                raise ValueError(f"{name}={hp[name]} must not be negative")
+        weights = {"beta": beta, "content_negative_weight": content_negative_weight}
+        demand_at_least(0, option="--model.", content_margin=content_margin, **weights)
         if hp.channels_a != hp.channels_b:
             raise ValueError(
                 f"the Siamese network compares images of equal channels, not channels_a={hp.channels_a} and "
@@ -189,7 +189,7 @@ class OPGAN(CycleGAN):
         found = super().evaluate(batch)
         way = "ab" if batch["domain"] == "a" else "ba"
         images = self.to_network(batch["image"])
-        translated = self.generate(images, DIRECTIONS[way])
+        translated = self.translate_raw(images, DIRECTIONS[way])
         ratio = content_ratio(self.siamese_network(way), images, translated, self.hp.grid)
         return {**found, "content_ratio": ratio.expand(len(images))}
 

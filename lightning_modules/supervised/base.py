@@ -1,6 +1,6 @@
 """What Classifier, Detector and Segmenter share: network and weights, the optimizer, the names of the classes."""
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.functional import normalize
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.norm import Norm
 from lightning_modules.supervised.networks import (
@@ -74,17 +75,10 @@ class SupervisedModule(NamedClasses):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if isinstance(network, str) else ["network"])
-        least = {"num_classes": 2, "in_channels": 1, "width": 1, "epochs": 1}
-        for name, value in least.items():
-            if self.hp[name] < value:
-                raise ValueError(
-                    f"{name}={self.hp[name]} must be at least {value} (--model.{name})"
-                )
-        for name, allowed in (("optimizer", OptimizerName), ("lr_schedule", Schedule)):
-            if self.hp[name] not in get_args(allowed):
-                raise ValueError(
-                    f"unknown {name}={self.hp[name]!r} (--model.{name}); choose one of {', '.join(get_args(allowed))}"
-                )
+        demand_at_least(2, option="--model.", num_classes=num_classes)
+        demand_at_least(1, option="--model.", in_channels=in_channels, width=width, epochs=epochs)
+        demand_choice(OptimizerName, option="--model.", optimizer=optimizer)
+        demand_choice(Schedule, option="--model.", lr_schedule=lr_schedule)
         self.statistics: Statistics | None = None
         if isinstance(network, str):
             self.network = build_network(

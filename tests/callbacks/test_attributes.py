@@ -182,7 +182,7 @@ def test_classes(tmp_path: Path) -> None:
 
 
 def test_table_picture_and_several_data_sets(tmp_path: Path) -> None:
-    found = judged(tmp_path, data=Joint(), rows=2)
+    found = judged(tmp_path, data=Joint(), pictures=2)
     assert found["0/target"] == found["1/target"] == 100
     assert "0/error_object" in found
     assert "1/error_object" not in found

@@ -63,7 +63,7 @@ class StateWitness(Callback):
 def test_draws_every_n_epochs_and_tells_the_loggers(tmp_path: Path) -> None:
     logger = PictureLogger(tmp_path / "log")
     trainer = boring_trainer(
-        tmp_path, max_epochs=4, logger=[logger], callbacks=[ImageGrid(every_n_epochs=2, columns=3)]
+        tmp_path, max_epochs=4, logger=[logger], callbacks=[ImageGrid(every_n_epochs=2, pictures=3)]
     )
     trainer.fit(BoringGAN(), loader(), loader())
     files = sorted((tmp_path / "images").iterdir())
@@ -92,7 +92,7 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
 
 def test_same_samples_and_same_noise_in_every_epoch(tmp_path: Path) -> None:
     module = GridWitness()
-    trainer = boring_trainer(tmp_path, max_epochs=3, callbacks=[ImageGrid(columns=3)])
+    trainer = boring_trainer(tmp_path, max_epochs=3, callbacks=[ImageGrid(pictures=3)])
     trainer.fit(module, loader(), loader())
     assert len(module.calls) == 3
     for index, noise in module.calls:
@@ -118,8 +118,8 @@ def test_without_validation_a_resumed_run_keeps_its_training_samples(tmp_path: P
 def test_module_without_pictures_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="image_grid"):
         boring_trainer(tmp_path, callbacks=[ImageGrid()]).fit(BoringModel())
-    with pytest.raises(ValueError, match="columns=0"):
-        ImageGrid(columns=0)
+    with pytest.raises(ValueError, match="pictures=0"):
+        ImageGrid(pictures=0)
 
 
 def test_labelled_grid_keeps_values_and_order() -> None:
