@@ -19,7 +19,7 @@ REPEATED = ("seed_everything", "data.split")
 # already.
 _SHARES = re.compile(
     r"auroc|aupr_\w+|fpr95|openauc|macro_f1|auc|eer|f1_\w+|false_alarm_rate|detection_rate|(\w+_)?accuracy|W\d+A\d+"
-    r"|map|ap_\w+|miou"
+    r"|map|ap_\w+|miou|certified|beam_suboptimal|(\w+_)?edit_success"
 )
 PANELS = 4
 SERIES = 8
