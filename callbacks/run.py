@@ -33,8 +33,8 @@ class RunOptions:
     Args:
         root: folder of all runs.
         experiment: what is run, PAPER-DATASET by convention.
-        name: of this run; an existing one is refused. None takes the id that the agent of a wandb sweep gave, or
-            the job id of a cluster job, else the next free number.
+        name: of this run; an existing one is refused. None takes the id that the agent of a wandb sweep gave, or that
+            of a cluster job (ARRAY_TASK for a task of a job array), else the next free number.
         resume: continue the run ``name`` from its last checkpoint; start it where there is none.
         test: after ``fit``, run the test protocol.
     """
@@ -104,10 +104,13 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
 
 
 def _job_name() -> str | None:
-    """What a scheduler or an agent calls this run, the same in all of its processes and when it starts it again."""
-    if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
-        return f"wandb-{os.environ['WANDB_RUN_ID']}"  # one of several runs of the agent's own job
-    job = next((os.environ[key] for key in _JOB_IDS if os.environ.get(key, "none") != "none"), None)
+    """What an agent or a scheduler calls this run, the same in all of its processes and when it starts it again."""
+    found = os.environ
+    if found.get("WANDB_SWEEP_ID") and found.get("WANDB_RUN_ID"):
+        return f"wandb-{found['WANDB_RUN_ID']}"  # one of several runs of the job in which the agent is
+    if "SLURM_ARRAY_JOB_ID" in found:
+        return f"job-{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
+    job = next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
     return job and f"job-{job}"
 
 
@@ -157,7 +160,7 @@ class RunRecorder(Callback):
         if not self.config or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": yaml.safe_load(self.config)})
+            logger.log_hyperparams({"config": yaml.safe_load(self.config), **provenance()})
         directory = Path(trainer.default_root_dir)
         paths = [directory / "config.yaml"]
         paths += [directory / f"config-resumed-{i}.yaml" for i in range(1, 1000)]
@@ -204,15 +207,18 @@ class RunRecorder(Callback):
             "epochs": trainer.current_epoch,
             "processes": trainer.world_size,
             "wall_time_s": round(self.wall_time + time.monotonic() - self._started, 1),
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "hardware": hardware(),
+            **provenance(),
         }
         path = Path(trainer.default_root_dir) / "results.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=2) + "\n")
         partial.replace(path)
         rank_zero_info(f"wrote {path}")
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers, beside the configuration."""
+    return {"git_revision": git_revision(), "versions": versions(), "hardware": hardware()}
 
 
 def git_revision() -> str | None:
