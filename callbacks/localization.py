@@ -14,7 +14,7 @@ from torchvision.transforms.functional import resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
-from callbacks.report import require, write_table
+from callbacks.report import evenly, require, write_table
 from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.statistics import gather_over_ranks
@@ -150,7 +150,7 @@ class LocalizationReport(Callback):
         test = getattr(data, "test", None)
         if not self.pictures or test is None:
             return None
-        chosen = torch.linspace(0, len(test) - 1, min(self.pictures, len(test))).long()
+        chosen = evenly(test, self.pictures)
         batch = test.batch(chosen, module.device, module.dtype)
         images, labels = batch["image"], batch["label"]
         truth = None

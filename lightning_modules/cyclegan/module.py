@@ -38,6 +38,7 @@ from lightning_modules.cyclegan.networks import (
 )
 from lightning_modules.cyclegan.pool import ImagePool
 from lightning_modules.nn.norm import Norm
+from lightning_modules.nn.pixels import mean_difference
 from lightning_modules.randomness import keyed_generator
 
 Direction = Literal["AtoB", "BtoA"]
@@ -325,14 +326,14 @@ class CycleGAN(AdversarialModule):
         images = batch["image"]
         translated = self.translate(images, there)
         found = {
-            "cycle": _difference(self.translate(translated, back), images),
+            "cycle": mean_difference(self.translate(translated, back), images),
             "correlation": _correlation(images.mean(1), translated.mean(1)),
         }
         if images.shape[1] == translated.shape[1]:
-            found["change"] = _difference(translated, images)
+            found["change"] = mean_difference(translated, images)
         if "counterpart" in batch:
-            found["error"] = _difference(translated, batch["counterpart"])
-            found["error_of_identity"] = _difference(images, batch["counterpart"])
+            found["error"] = mean_difference(translated, batch["counterpart"])
+            found["error_of_identity"] = mean_difference(images, batch["counterpart"])
         return found
 
     def validation_step(
@@ -406,11 +407,6 @@ class CycleGAN(AdversarialModule):
 def _directions(domain: str) -> tuple[Direction, Direction]:
     """From a domain to the other one, and back."""
     return ("AtoB", "BtoA") if domain == "a" else ("BtoA", "AtoB")
-
-
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference of images [B, C, H, W], [B]."""
-    return (first - second).abs().flatten(1).mean(1)
 
 
 def _correlation(first: Tensor, second: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
 from lightning_modules.metrics.translation import gan_train_accuracy
 from lightning_modules.nn.gradient_penalty import PatchReduction, slope_norms
+from lightning_modules.nn.pixels import mean_difference
 from lightning_modules.randomness import keyed_generator
 from lightning_modules.stargan.labels import (
     class_targets,
@@ -503,13 +504,13 @@ class StarGAN(AdversarialModule):
             changed = (target != own).any(1)
             translated = self.translate(images, target, place)
             found = {
-                "reconstruction": _difference(self.translate(translated, own, place), images),
-                "label_effect": _difference(translated, unchanged),
+                "reconstruction": mean_difference(self.translate(translated, own, place), images),
+                "label_effect": mean_difference(translated, unchanged),
             }
             if counterparts is not None:
                 truth = counterparts(batch["index"].cpu(), target).to(images)
-                found["error"] = _difference(translated, truth)
-                found["error_of_identity"] = _difference(images, truth)
+                found["error"] = mean_difference(translated, truth)
+                found["error_of_identity"] = mean_difference(images, truth)
             edits += changed
             sums = {name: sums.get(name, 0) + value * changed for name, value in found.items()}
         return {name: total / edits.clamp_min(1) for name, total in sums.items()}
@@ -643,8 +644,3 @@ class StarGAN(AdversarialModule):
                     f"the model has exclusive={self.hp.exclusive}, in the data {theirs} exclude each other; set "
                     "--model.exclusive"
                 )
-
-
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference of images [B, C, H, W], [B]."""
-    return (first - second).abs().flatten(1).mean(1)
