@@ -477,6 +477,7 @@ class StarGAN(AdversarialModule):
         label = self.generator_label(attributes.to(images), place)
         return (self.translate_raw(self.to_network(images), label) + 1) / 2
 
+    # ------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def evaluate(
         self,
@@ -585,6 +586,7 @@ class StarGAN(AdversarialModule):
             for row in rows
         ]
 
+    # ------------------------------------------------------------------ pictures
     @torch.no_grad()
     def image_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Rows of pictures for :class:`callbacks.ImageGrid`: the images, and a row for every attribute or class."""
@@ -599,6 +601,7 @@ class StarGAN(AdversarialModule):
                 rows[title] = self.translate(images, target, place)
         return rows
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
         """Checks that model and data agree, and has epochs of their own lengths.
 
