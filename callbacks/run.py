@@ -297,12 +297,18 @@ def readable_message(error: BaseException) -> str:
     return " ".join(line for line in lines if not line.startswith(noise))
 
 
-def keep_traceback() -> None:
-    """Where a run directory exists, the traceback goes there, out of the way of the message."""
-    directory = chosen_directory()
+def keep_traceback(directory: Path | None = None) -> None:
+    """Where a run directory exists, the traceback goes there, out of the way of the message.
+
+    Args:
+        directory: of a run of several processes, each of which has a file of its own.
+    """
+    rank = 0 if directory is None else getattr(rank_zero_only, "rank", 0)
+    directory = directory or chosen_directory()
     if directory is None or not directory.is_dir():
         return
-    path = directory / "error.log"
+    path = directory / (f"error-rank-{rank}.log" if rank else "error.log")
     with path.open("a") as file:
         traceback.print_exc(file=file)
-    print(f"(traceback in {path})", file=sys.stderr)
+    if not rank:
+        print(f"(traceback in {path})", file=sys.stderr)

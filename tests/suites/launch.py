@@ -6,13 +6,18 @@ import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
 TIME_LIMIT = 180.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.suites.preload"])
 
 
-def _child(arguments: list[str], log: str) -> None:
+def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    # Lightning looks at the environment when it is imported, which has happened before.
+    rank_zero_only.rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -23,10 +28,12 @@ def _child(arguments: list[str], log: str) -> None:
         train.main(arguments)
 
 
-def start(arguments: list[str], log: Path) -> BaseProcess:
+def start(
+    arguments: list[str], log: Path, environment: dict[str, str] | None = None
+) -> BaseProcess:
     """Starts ``train.py`` with these arguments; what it prints goes to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_child, args=(arguments, str(log)))
+    process = _context.Process(target=_child, args=(arguments, str(log), environment or {}))
     process.start()
     return process
 
