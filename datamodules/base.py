@@ -146,7 +146,7 @@ class AdversariaDataModule(LightningDataModule):
         """Shuffled global batches, from where the trainer stands.
 
         A module may offer ``batches_in_epoch(epoch) -> int | None`` to have an epoch of so many batches, whatever the
-        size of the set; it then sets ``trainer.reload_dataloaders_every_n_epochs`` to 1.
+        size of the set; the trainer then makes loaders anew for every epoch (``reload_dataloaders_every_n_epochs``).
 
         Raises:
             ValueError: the global batch cannot be divided over the processes, or exceeds the set.

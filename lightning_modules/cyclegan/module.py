@@ -400,14 +400,8 @@ class CycleGAN(AdversarialModule):
         Raises:
             ValueError: if the data have images of other channels.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        channels = getattr(data, "image_channels", None)
-        for name in ("channels_a", "channels_b"):
-            if channels is not None and channels != self.hp[name]:
-                raise ValueError(
-                    f"the model has {name}={self.hp[name]}, the data have images of {channels} channels; set "
-                    f"--model.{name} {channels}"
-                )
+        super().setup(stage)
+        self.demand_as_in_data(channels_a="image_channels", channels_b="image_channels")
         if self.hp.channels_last:
             self.to(memory_format=torch.channels_last)
 

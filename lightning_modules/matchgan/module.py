@@ -261,12 +261,7 @@ class MatchGAN(StarGAN):
         if stage != "fit" or data is None:
             return
         hp = self.hp
-        for name in ("n_groups", "group_size"):
-            value = getattr(data, name, hp[name])
-            if value != hp[name]:
-                raise ValueError(
-                    f"the model has {name}={hp[name]}, the data have {value}; set --model.{name} {value}"
-                )
+        self.demand_as_in_data(n_groups="n_groups", group_size="group_size")
         if not getattr(data, "balanced", True):
             raise ValueError(
                 "MatchGAN needs labelled images in groups of one label; set --data.balanced true"

@@ -440,18 +440,10 @@ class OGNet(TableRows, AdversarialModule):
 
     # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
-        """Checks the size of the images, and has epochs of their own lengths.
+        """Checks the size of the images.
 
         Raises:
             ValueError: if the data have images of another size.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        size = getattr(data, "image_size", None)
-        if size is not None and size != self.hp.image_size:
-            raise ValueError(
-                f"the model has image_size={self.hp.image_size}, the data have {size}; set --model.image_size {size} "
-                f"or --data.image_size {self.hp.image_size}"
-            )
-        if stage == "fit":
-            trainer: Any = self.trainer
-            trainer.reload_dataloaders_every_n_epochs = 1
+        super().setup(stage)
+        self.demand_as_in_data(image_size="image_size")

@@ -603,12 +603,13 @@ class StarGAN(AdversarialModule):
 
     # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
-        """Checks that model and data agree, and has epochs of their own lengths.
+        """Checks that model and data agree.
 
         Raises:
             ValueError: if the data have other attributes, or images of another size; and for a prediction without
                 ``edits``.
         """
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         hp = self.hp
         names = getattr(data, "attribute_names", None)
@@ -619,17 +620,9 @@ class StarGAN(AdversarialModule):
             )
         if names and stage == "fit":
             self._demand_same_labels(data)
-        for name, there in (("image_size", "image_size"), ("in_channels", "image_channels")):
-            value = getattr(data, there, None)
-            if value is not None and value != hp[name]:
-                raise ValueError(
-                    f"the model has {name}={hp[name]}, the data have {value}; set --model.{name} {value}"
-                )
+        self.demand_as_in_data(image_size="image_size", in_channels="image_channels")
         if stage == "predict":
             self._demand_edit()
-        if stage == "fit":
-            trainer: Any = self.trainer
-            trainer.reload_dataloaders_every_n_epochs = 1
 
     def _demand_same_labels(self, data: Any) -> None:
         several = len(self.names) > 1
