@@ -35,8 +35,8 @@ class RunOptions:
     Args:
         root: folder of all runs.
         experiment: what is run, PAPER-DATASET by convention; a plain name, no folders.
-        name: of this run, plain too; an existing one is refused. None takes the job id of a cluster job, else
-            the next free number.
+        name: of this run, plain too; an existing one is refused. None takes the id that the agent of a wandb sweep
+            gave, or that of a cluster job (ARRAY_TASK for a task of a job array), else the next free number.
         resume: continue the run ``name`` from its last checkpoint; start it where there is none.
         test: after ``fit``, run the test protocol.
     """
@@ -73,12 +73,11 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     if inherited is not None:
         return inherited
     experiment = Path(options.root) / demand_file_name(options.experiment, "--run.experiment")
-    job = next((os.environ[key] for key in _JOB_IDS if os.environ.get(key, "none") != "none"), None)
+    job = _job_name()
     processes = max(
         int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
     )
-    name = None if options.name is None else demand_file_name(options.name, "--run.name")
-    name = name or (job and file_name(f"job-{job}"))
+    name = job if options.name is None else demand_file_name(options.name, "--run.name")
     if name is None and (processes > 1 or options.resume):
         raise ValueError(
             f"{'resuming' if options.resume else f'a run of {processes} processes'} needs a name: give --run.name NAME"
@@ -117,6 +116,18 @@ def _refuse_links(root: Path, directory: Path) -> None:
                 f"{path} is a link to {path.resolve()}, outside {home}; remove it, or give --run.root the folder "
                 "in which the runs shall be"
             )
+
+
+def _job_name() -> str | None:
+    """What an agent or a scheduler calls this run, the same in all of its processes and when it starts it again."""
+    found = os.environ
+    if found.get("WANDB_SWEEP_ID") and found.get("WANDB_RUN_ID"):
+        # One of several runs of the job in which the agent is.
+        return file_name(f"wandb-{found['WANDB_RUN_ID']}")
+    if "SLURM_ARRAY_JOB_ID" in found:
+        return f"job-{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
+    job = next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
+    return job and file_name(f"job-{job}")
 
 
 def _next_number(experiment: Path, prefix: str) -> str:
@@ -165,7 +176,7 @@ class RunRecorder(Callback):
         if not self.config or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": yaml.safe_load(self.config)})
+            logger.log_hyperparams({"config": yaml.safe_load(self.config), **provenance()})
         directory = Path(trainer.default_root_dir)
         paths = [directory / "config.yaml"]
         paths += [directory / f"config-resumed-{i}.yaml" for i in range(1, 1000)]
@@ -212,14 +223,17 @@ class RunRecorder(Callback):
             "epochs": trainer.current_epoch,
             "processes": trainer.world_size,
             "wall_time_s": round(self.wall_time + time.monotonic() - self._started, 1),
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "hardware": hardware(),
+            **provenance(),
         }
         path = Path(trainer.default_root_dir) / "results.json"
         with whole_file(path) as file:
             file.write((json.dumps(results, indent=2) + "\n").encode())
         rank_zero_info(f"wrote {path}")
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers, beside the configuration."""
+    return {"git_revision": git_revision(), "versions": versions(), "hardware": hardware()}
 
 
 def git_revision() -> str | None:
@@ -316,12 +330,18 @@ def readable_message(error: BaseException) -> str:
     return " ".join(line for line in lines if not line.startswith(noise))
 
 
-def keep_traceback() -> None:
-    """Where a run directory exists, the traceback goes there, out of the way of the message."""
-    directory = chosen_directory()
+def keep_traceback(directory: Path | None = None) -> None:
+    """Where a run directory exists, the traceback goes there, out of the way of the message.
+
+    Args:
+        directory: of a run of several processes, each of which has a file of its own.
+    """
+    rank = 0 if directory is None else getattr(rank_zero_only, "rank", 0)
+    directory = directory or chosen_directory()
     if directory is None or not directory.is_dir():
         return
-    path = directory / "error.log"
+    path = directory / (f"error-rank-{rank}.log" if rank else "error.log")
     with path.open("a") as file:
         traceback.print_exc(file=file)
-    print(f"(traceback in {path})", file=sys.stderr)
+    if not rank:
+        print(f"(traceback in {path})", file=sys.stderr)

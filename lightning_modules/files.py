@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-LONGEST_NAME = 120
+LONGEST_NAME = 200
 
 
 class NotWrittenError(OSError):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.dissection.analysis import (
     accuracy_when_firing,
     iou_accuracy_correlation,
@@ -155,14 +156,12 @@ class NLIDissection(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        least = {"train_steps": 1, "n_tokens": 1, "beam_size": 1, "max_length": 1, "neighbors": 0}
-        least |= {"edit_units": 0, "edit_examples": 1, "examples": 0}
-        least |= {"embedding_dim": 1, "hidden_dim": 1, "train_batch_size": 2, "smoothing": 0}
+        least = {"train_batch_size": 2}
+        least |= dict.fromkeys(("neighbors", "edit_units", "examples", "smoothing", "certify"), 0)
+        least |= dict.fromkeys(("train_steps", "n_tokens", "beam_size", "max_length"), 1)
+        least |= dict.fromkeys(("edit_examples", "embedding_dim", "hidden_dim"), 1)
         for name, value in least.items():
-            if self.hp[name] < value:
-                raise ValueError(
-                    f"{name}={self.hp[name]} must be at least {value} (--model.{name})"
-                )
+            demand_at_least(value, option="--model.", **{name: self.hp[name]})
         if quantile is not None and not 0 < quantile < 1:
             raise ValueError(f"quantile={quantile} must be a share in (0, 1) (--model.quantile)")
         if not 0 < alpha < 0.5:
@@ -181,8 +180,6 @@ class NLIDissection(PaperModule):
                 f"--model.certify {certify} needs metric=iou, mode=distinct and length_penalty=1, not {metric}, {mode} "
                 f"and {length_penalty}"
             )
-        if certify is not None and certify < 0:
-            raise ValueError(f"certify={certify} must be at least 0 seconds (--model.certify)")
         self.classifier = None if classifier is None else load_nli_classifier(classifier)
         self._vectors = None if vectors is None else read_vectors(vectors)
         self._rows: list[dict[str, Any]] = []
@@ -225,10 +222,13 @@ class NLIDissection(PaperModule):
             if found is not None and found.get("trained_as") == key:
                 kept = found
             if kept is None:
-                kept = {**self._train(pairs, data.vocabulary).published(), "trained_as": key}
+                kept = {
+                    **self._train(pairs, data.vocabulary).reference_checkpoint(),
+                    "trained_as": key,
+                }
                 with whole_file(path) as file:
                     torch.save(kept, file)
-        module = NLIClassifier.from_published(self.trainer.strategy.broadcast(kept))
+        module = NLIClassifier.from_reference(self.trainer.strategy.broadcast(kept))
         return module.eval().requires_grad_(False)
 
     def _train(self, pairs: Any, vocabulary: Sequence[str]) -> NLIClassifier:

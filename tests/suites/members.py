@@ -60,9 +60,9 @@ TINY_ATTRIBUTES: dict[str, object] = {
     "data.shapes_train": 80,
     "data.shapes_val": 8,
     "data.shapes_test": 8,
-    "model.g_conv_dim": 2,
-    "model.g_repeat_num": 1,
-    "model.d_conv_dim": 2,
+    "model.ngf": 2,
+    "model.n_blocks": 1,
+    "model.ndf": 2,
     "model.total_steps": 12,
     "model.decay_steps": 6,
     "model.steps_per_epoch": 3,
@@ -154,7 +154,7 @@ ALL = [
         "tests/suites/quick_attributes.yaml",
         tiny=TINY_ATTRIBUTES,
         # Adam makes full steps of what is left of a gradient that is nearly 0.
-        parity={"model.g_lr": 1e-4, "model.n_critic": 5},
+        parity={"model.lr_g": 1e-4, "model.n_critic": 5},
         batches=(2, 8),
     ),
     Member(
@@ -163,7 +163,7 @@ ALL = [
         "tests/suites/quick_attributes.yaml",
         # Two blocks: one for each of two processes.
         tiny={**TINY_ATTRIBUTES, "data.labelled": "50%"},
-        parity={"model.g_lr": 1e-4, "model.n_critic": 5},
+        parity={"model.lr_g": 1e-4, "model.n_critic": 5},
         batches=(2, 8),
     ),
     Member(

@@ -170,7 +170,7 @@ def attributes(name: str, *extra: str) -> list[str]:
         ("stargan", ["--model.attributes", "[red, green, blue]"], ["bordered", "same order"]),
         ("stargan", ["--model.exclusive", "[[red, green]]"], ["--model.exclusive", "blue"]),
         ("stargan", ["--model.edits", "+purple"], ["purple", "red, green, blue, bordered"]),
-        ("stargan", ["--model.d_repeat_num", "6"], ["6 halvings", "--data.image_size"]),
+        ("stargan", ["--model.n_layers", "6"], ["6 halvings", "--data.image_size"]),
         ("stargan", ["--model.n_critic", "50"], ["n_critic=50", "never be updated"]),
         ("stargan", ["--data.unlabelled", "true"], ["--data.unlabelled false"]),
         ("stargan", ["--data.dataset", "celeba", "--data.root", "/nowhere"], ["/nowhere"]),
@@ -219,7 +219,7 @@ def test_a_folder_of_domains_one_level_off(tmp_path: Path) -> None:
 def test_rules_that_are_no_errors(tmp_path: Path) -> None:
     """An odd number of residual blocks keeps them all; a generator that never meets a label is warned of."""
     run_test = ["--run.test", "false", "--run.root", str(tmp_path)]
-    extra = ["--model.g_repeat_num", "3", "--model.n_critic", "2", "--model.schedule", "reference"]
+    extra = ["--model.n_blocks", "3", "--model.n_critic", "2", "--model.schedule", "reference"]
     text = run([*attributes("matchgan", *extra), *run_test], tmp_path / "log.txt")
     assert "nothing is reconstructed" in text
 
