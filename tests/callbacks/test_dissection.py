@@ -212,7 +212,7 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
         rows = list(csv.DictReader(file))
     assert [row["formula"] for row in rows] == [unit["text"] for unit in module.units]
     assert float(rows[2]["iou_length_2"]) == module.units[2]["iou"]
-    columns, cells = tables.tables["units"]
+    columns, cells = tables.tables["tables/units"]
     assert columns[:3] == ["unit", "formula", "iou"]
     assert len(cells) == 4
     text = (tmp_path / "dissection.html").read_text()
