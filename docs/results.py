@@ -368,6 +368,7 @@ class Row:
         page: in ``docs/``.
         picture: of the gallery, a pattern in the directory of a run of the first recipe.
         caption: of the picture, one line.
+        crop: pixels of the picture that are kept from its top, None for all.
     """
 
     folders: list[str]
@@ -379,6 +380,7 @@ class Row:
     page: str
     picture: str
     caption: str
+    crop: int | None = None
 
     @property
     def experiment(self) -> str:
