@@ -152,9 +152,7 @@ def test_deep_networks(name: str, width: str, placement: Placement, tmp_path: Pa
     demand_parity(deployed(DEEP[name](), width, placement), tmp_path / "net.onnx")
 
 
-@pytest.mark.parametrize(
-    ("name", "sums"), [("resnet20", 9), ("torchvision_resnet18", 8), ("mobilenetv2", 14)]
-)
+@pytest.mark.parametrize(("name", "sums"), [("resnet20", 9), ("torchvision_resnet18", 8)])
 def test_float32_holds_the_sums_of_deep_networks(name: str, sums: int) -> None:
     quantized = quantize_model(DEEP[name]().eval(), 4, 4, placement="full")
     generator = torch.Generator().manual_seed(3)
