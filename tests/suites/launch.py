@@ -8,14 +8,17 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 180.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.suites.preload"])
 
 
-def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _child(arguments: list[str], log: str, environment: dict[str, str], folder: str) -> None:
     os.environ.update(environment)
+    sys.path.insert(0, str(ROOT))
+    os.chdir(folder)
     # Lightning looks at the environment when it is imported, which has happened before.
     rank_zero_only.rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
     with open(log, "w") as file:
@@ -29,11 +32,16 @@ def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
 
 
 def start(
-    arguments: list[str], log: Path, environment: dict[str, str] | None = None
+    arguments: list[str],
+    log: Path,
+    environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> BaseProcess:
-    """Starts ``train.py`` with these arguments; what it prints goes to ``log``."""
+    """Starts ``train.py`` with these arguments in ``folder``; what it prints goes to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_child, args=(arguments, str(log), environment or {}))
+    process = _context.Process(
+        target=_child, args=(arguments, str(log), environment or {}, str(folder))
+    )
     process.start()
     return process
 
