@@ -4,8 +4,14 @@ from typing import Any
 import pytest
 
 import callbacks.environment
-from callbacks.environment import _differences, _sees, refuse_wrong_process_count
+from callbacks.environment import (
+    ClusterError,
+    _differences,
+    _sees,
+    refuse_wrong_process_count,
+)
 from tests.callbacks.boring import boring_trainer
+from tests.suites.scheduler import task_environment
 
 
 def facts(**others: dict[int, Any]) -> list[dict[str, Any]]:
@@ -70,6 +76,59 @@ def test_a_file_that_appears_late_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert _sees(tmp_path, "token")
     monkeypatch.setattr(callbacks.environment, "SHARED_WITHIN", 0.0)
     assert not _sees(tmp_path / "missing", "token")
+
+
+@pytest.mark.parametrize(
+    ("devices", "variables", "message"),
+    [
+        (
+            1,
+            {},
+            "srun started 4 processes, but --trainer.devices 1 x --trainer.num_nodes 2 makes 2; they are "
+            "--ntasks-per-node and --nodes of the job: give --trainer.devices 2 --trainer.num_nodes 2, or start 2",
+        ),
+        (
+            4,
+            {},
+            "srun started 4 processes, but --trainer.devices 4 x --trainer.num_nodes 2 makes 8",
+        ),
+        (2, {"SLURM_STEP_ID": ""}, "the job has 4 tasks, but this process was not started by srun"),
+        (
+            2,
+            {"SLURM_JOB_NAME": "bash", "SLURM_PROCID": "3"},
+            "this is process 3 of its launcher, but it takes itself for the first",
+        ),
+        (2, {}, None),
+    ],
+    ids=["fewer meant", "more meant", "no srun", "every task the first", "right"],
+)
+def test_the_number_of_processes_under_slurm(
+    devices: int,
+    variables: dict[str, str],
+    message: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in {**task_environment(0, 2, 2, 12345, 4711), **variables}.items():
+        monkeypatch.setenv(key, value)
+    trainer = boring_trainer(tmp_path, devices=devices, num_nodes=2, strategy="ddp")
+    if message is None:
+        refuse_wrong_process_count(trainer)
+        return
+    with pytest.raises((ClusterError, ValueError)) as caught:
+        refuse_wrong_process_count(trainer)
+    assert message in str(caught.value)
+
+
+def test_the_number_of_processes_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+    for key, value in {**found, "LOCAL_RANK": "0", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    trainer = boring_trainer(tmp_path, devices=2, strategy="ddp")
+    with pytest.raises(ClusterError, match=r"torchrun started 1 process, but --trainer\.devices 2"):
+        refuse_wrong_process_count(trainer)
 
 
 def test_one_process_alone_has_nothing_to_compare(tmp_path: Path) -> None:

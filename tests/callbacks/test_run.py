@@ -11,7 +11,13 @@ from tests.callbacks.boring import BoringGAN, boring_trainer, loader
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for key in ("SLURM_JOB_ID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+    for key in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_NTASKS",
+        "TORCHELASTIC_RUN_ID",
+        "WORLD_SIZE",
+    ):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.delenv("ADVERSARIA_RUN_DIRECTORY", raising=False)
     yield
@@ -55,6 +61,15 @@ def test_a_scheduled_job_is_named_after_its_id(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711"
+
+
+def test_the_tasks_of_an_array_are_named_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM gives each of them a job id of its own."""
+    for key, value in {"JOB_ID": "4713", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711_2"
 
 
 def test_processes_without_a_common_name_are_refused(

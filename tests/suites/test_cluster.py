@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.suites.launch import ROOT, TIME_LIMIT, start
+from tests.suites.launch import ROOT, TIME_LIMIT, run, start
 from tests.suites.members import MEMBERS
 from tests.suites.scheduler import Scheduler, free_port, task_environment
 from tests.suites.test_resume import assert_equal
@@ -42,7 +42,6 @@ def two_tasks(
     *arguments: str,
     second: tuple[str, ...] = (),
     overrides: dict[str, object] = TWO_NODES,
-    environment: dict[str, str] | None = None,
     elsewhere: Path = ROOT,
     limit: float = TIME_LIMIT,
 ) -> tuple[list[int | None], list[str], float]:
@@ -53,7 +52,6 @@ def two_tasks(
         arguments: of both tasks.
         second: further ones of rank 1.
         overrides: of the recipe.
-        environment: further variables of both.
         elsewhere: where rank 1 runs.
         limit: seconds.
 
@@ -66,7 +64,7 @@ def two_tasks(
     for rank in (0, 1):
         command = ["fit", *recipe, "--run.root", str(folder), "--run.name", "run", *arguments]
         command += second if rank else ()
-        variables = {**task_environment(rank, 2, 1, port, 4711), **(environment or {})}
+        variables = task_environment(rank, 2, 1, port, 4711)
         log = folder / f"rank-{rank}.txt"
         tasks.append(start(command, log, variables, elsewhere if rank else ROOT))
     wait([task.sentinel for task in tasks], limit)
@@ -122,44 +120,6 @@ def test_data_that_one_node_lacks(tmp_path: Path) -> None:
     assert "Epoch 0" not in texts[0]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "environment", "message"),
-    [
-        (
-            {"trainer.num_nodes": 1, "trainer.strategy": "auto"},
-            {},
-            "srun started 2 processes, but --trainer.devices 1 x --trainer.num_nodes 1 makes 1; they are "
-            "--ntasks-per-node and --nodes of the job: give --trainer.devices 1 --trainer.num_nodes 2",
-        ),
-        (
-            {},
-            {"SLURM_STEP_ID": ""},
-            "the job has 2 tasks, but this process was not started by srun",
-        ),
-        (
-            {"trainer.num_nodes": 1, "trainer.strategy": "auto"},
-            {"SLURM_JOB_NAME": "bash"},
-            "this is process 1 of its launcher, but it takes itself for the first",
-        ),
-    ],
-    ids=["one process meant", "no srun", "every task the first"],
-)
-def test_a_wrong_number_of_processes(
-    overrides: dict[str, object], environment: dict[str, str], message: str, tmp_path: Path
-) -> None:
-    """Only the task that has to say it is started: without srun there is no other."""
-    rank = 1 if "bash" in environment.values() else 0
-    arguments = MEMBER.arguments(TWO_NODES, overrides)
-    variables = {**task_environment(rank, 2, 1, free_port(), 4711), **environment}
-    options = ["--run.root", str(tmp_path), "--run.name", "run"]
-    task = start(["fit", *arguments, *options], tmp_path / "log.txt", variables)
-    task.join(TIME_LIMIT)
-    assert task.exitcode == 1
-    (said,) = errors([(tmp_path / "log.txt").read_text()])
-    assert len(said) == 1
-    assert message in said[0]
-
-
 # ---------------------------------------------------------------------- a rank that ends
 def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     """Fifth batch: the first epoch's checkpoint is there."""
@@ -173,6 +133,7 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
     assert message.endswith(f"continue from {checkpoint} with --run.resume true")
 
 
+@pytest.mark.slow
 def test_a_bug_of_one_rank(tmp_path: Path) -> None:
     codes, texts, took = two_tasks(tmp_path, *probe("FailAt", batch=1, how="raise"))
     assert codes == [1, 1]
@@ -237,21 +198,55 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_a_job_is_requeued_until_it_has_finished(tmp_path: Path) -> None:
-    """Preempted in the training and again in the test, it ends as the job that was not, to the last bit."""
+@pytest.mark.parametrize(
+    ("also_in_the_test", "codes"),
+    [(False, [75, 0]), pytest.param(True, [75, 75, 0], marks=pytest.mark.slow)],
+    ids=["training", "training and test"],
+)
+def test_a_job_is_requeued_until_it_has_finished(
+    also_in_the_test: bool, codes: list[int], tmp_path: Path
+) -> None:
+    """A preempted job ends as the one that was not, to the last bit."""
     results = []
-    for name in ("whole", "preempted"):
+    for name, expected in {"whole": [0], "preempted": codes}.items():
         folder = tmp_path / name
         pause = folder / "pause"
         scheduler = Scheduler(folder, moment=pause)
         arguments = [*job_arguments(folder), *probe("StateDump", folder=folder / "dump")]
         if name == "preempted":
-            arguments += probe("PauseAt", file=pause, batch=4, test=True)
+            arguments += probe("PauseAt", file=pause, batch=4, test=also_in_the_test)
         scheduler.sbatch(SCRIPT, *arguments)
-        logs = sorted(folder.glob("job-*-rank-0.txt"))
-        text = logs[-1].read_text()
-        assert scheduler.codes == ([75, 75, 0] if name == "preempted" else [0]), text[-3000:]
-        assert scheduler.requeued == ["4711"] * (len(scheduler.codes) - 1)
+        text = sorted(folder.glob("job-*-rank-0.txt"))[-1].read_text()
+        assert scheduler.codes == expected, text[-3000:]
+        assert scheduler.requeued == ["4711"] * (len(expected) - 1)
         assert "2 processes on 2 nodes, gloo" in text
         results.append(outcome(folder))
     assert_equal(*results)
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_not_requeued(tmp_path: Path) -> None:
+    scheduler = Scheduler(tmp_path)
+    arguments = [*job_arguments(tmp_path), *probe("SignalAt", name="SIGKILL", batch=5, rank=1)]
+    assert scheduler.sbatch(SCRIPT, *arguments) == 128 + signal.SIGKILL
+    assert scheduler.requeued == []
+
+
+@pytest.mark.slow
+def test_the_tasks_of_an_array_are_one_sweep(tmp_path: Path) -> None:
+    """Task 1 is preempted and requeued; the table has both."""
+    over = ["--over", "seed_everything=3,4"]
+    recipe = job_arguments(tmp_path / "runs")
+    for task in (0, 1):
+        pause = tmp_path / f"pause-{task}"
+        folder = tmp_path / f"task-{task}"
+        scheduler = Scheduler(folder, 1, 1, array=(815, task), moment=pause)
+        stop = probe("PauseAt", file=pause, batch=4) if task else []
+        code = scheduler.sbatch(ARRAY_SCRIPT, *recipe, *stop, *over, job=820 + task)
+        text = sorted(folder.glob("job-*-rank-0.txt"))[-1].read_text()
+        assert code == 0, text[-3000:]
+        assert scheduler.requeued == ["815_1"] * task
+    log = tmp_path / "collect.txt"
+    run(["sweep", *recipe, *over, "--name", "array-815", "--collect"], log)
+    (path,) = (tmp_path / "runs").glob("*/array-815-summary.json")
+    assert json.loads(path.read_text())["runs"] == 2
