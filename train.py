@@ -29,7 +29,7 @@ from callbacks.checkpoint import (
 from callbacks.environment import ClusterError, ClusterGuard
 from callbacks.finite import FiniteGuard
 from callbacks.lifeline import EXIT_ERROR
-from callbacks.loggers import ResumableCSVLogger
+from callbacks.loggers import ResumableCSVLogger, RunWandbLogger
 from callbacks.predictions import PredictionWriter
 from callbacks.run import (
     RunOptions,
@@ -124,6 +124,12 @@ class AdversariaCLI(LightningCLI):
         ]
         trainer = super().instantiate_trainer(**kwargs)
         self.guard.attach(trainer)
+        paper = type(self.model).__module__.removeprefix("lightning_modules.").split(".")[0]
+        dataset = getattr(self.datamodule, "hparams", {}).get("dataset")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                tags = [paper, dataset] if dataset else [paper]
+                logger.label(experiment, self.directory.name, self.subcommand, tags)
         return trainer
 
     def before_fit(self) -> None:
