@@ -65,7 +65,6 @@ def test_a_scheduled_job_is_named_after_its_id(
     assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711"
 
 
-<<<<<<< HEAD
 def test_the_tasks_of_an_array_are_named_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +72,8 @@ def test_the_tasks_of_an_array_are_named_after_it(
     for key, value in {"JOB_ID": "4713", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{key}", value)
     assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711_2"
-=======
+
+
 def test_a_run_of_a_wandb_agent_has_a_name_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +86,6 @@ def test_a_run_of_a_wandb_agent_has_a_name_of_its_own(
         directory = open_new(RunOptions(str(tmp_path), "paper-data", resume=True))
         assert directory.name == f"wandb-{run}"
         assert _run_id(directory / "wandb-id.txt") == run
->>>>>>> main
 
 
 def test_processes_without_a_common_name_are_refused(
