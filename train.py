@@ -24,11 +24,12 @@ from callbacks.checkpoint import (
     Preempted,
     ResumableCheckpoint,
     refuse_other_hyperparameters,
+    signals_stop_at_once,
 )
-from callbacks.environment import ClusterGuard
+from callbacks.environment import ClusterError, ClusterGuard
 from callbacks.finite import FiniteGuard
 from callbacks.lifeline import EXIT_ERROR
-from callbacks.loggers import ResumableCSVLogger
+from callbacks.loggers import ResumableCSVLogger, RunWandbLogger
 from callbacks.predictions import PredictionWriter
 from callbacks.run import (
     RunOptions,
@@ -123,6 +124,12 @@ class AdversariaCLI(LightningCLI):
         ]
         trainer = super().instantiate_trainer(**kwargs)
         self.guard.attach(trainer)
+        paper = type(self.model).__module__.removeprefix("lightning_modules.").split(".")[0]
+        dataset = getattr(self.datamodule, "hparams", {}).get("dataset")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                tags = [paper, dataset] if dataset else [paper]
+                logger.label(experiment, self.directory.name, self.subcommand, tags)
         return trainer
 
     def before_fit(self) -> None:
@@ -218,7 +225,8 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
             if chosen is None:
                 return None
             arguments = chosen
-        return command_line(AdversariaCLI, arguments, guard)
+        with signals_stop_at_once():
+            return command_line(AdversariaCLI, arguments, guard)
     except Preempted as stop:
         message, code = guard.conclude(stop, EXIT_PREEMPTED)
         if message is not None:
@@ -235,7 +243,8 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         message, code = guard.conclude(error, EXIT_ERROR)
         if message is not None:
             print(f"error: {message}", file=sys.stderr)
-        keep_traceback(guard.directory)
+        if not isinstance(error, ClusterError):
+            keep_traceback(guard.directory)
         sys.exit(code)
     finally:
         guard.leave()

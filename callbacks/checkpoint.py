@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,6 +108,15 @@ class ResumableCheckpoint(Checkpoint):
         """Puts the previous handlers back."""
         self._restore_handlers()
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning's own handler would talk to the other processes from within the signal."""
+        for number in SIGNALS:
+            self._handlers[number] = signal.signal(number, _stop_at_once)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the previous handlers back."""
+        self._restore_handlers()
+
     def stop_requested(self, trainer: Trainer) -> bool:
         """True on all ranks if any rank was signalled; a collective call."""
         return trainer.strategy.reduce_boolean_decision(self.signalled is not None, all=False)
@@ -180,6 +191,24 @@ class ResumableCheckpoint(Checkpoint):
         self.saved_at = time.monotonic()
         if self._stopping:
             rank_zero_info(f"{self.signalled or 'signal'}: saved {path}, stopping")
+
+
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    raise Preempted(
+        f"stopped on {signal.Signals(number).name} outside the training, which needs no new checkpoint; "
+        "continue with --run.resume true"
+    )
+
+
+@contextmanager
+def signals_stop_at_once() -> Iterator[None]:
+    """Where nothing is being trained, before it or in the test, SIGTERM and SIGUSR1 raise :class:`Preempted`."""
+    before = {number: signal.signal(number, _stop_at_once) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def is_debug_run(trainer: Trainer) -> bool:

@@ -124,8 +124,13 @@ class CounterfactualSynthesis(Callback):
         for pool, content in pools.items():
             columns = {name: values for name, values in content.items() if values.ndim == 1}
             rows = zip(request, *(values.tolist() for values in columns.values()), strict=True)
-            key = f"synthesis/{pool}-{request.start:06d}"
-            log_table(trainer, key, ["sample", *columns], [list(row) for row in rows])
+            log_table(
+                trainer,
+                f"synthesis/{pool}",
+                ["sample", *columns],
+                [list(row) for row in rows],
+                part=f"{request.start:06d}",
+            )
 
     def _show(self, trainer: Trainer, module: Any, pools: Pools) -> None:
         if not trainer.is_global_zero:

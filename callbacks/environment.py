@@ -286,15 +286,16 @@ def _next_step(directory: Path) -> str:
 class ClusterGuard(Callback):
     """Checks the environment of a run of several processes when it starts, and says once why it ends.
 
-    With one process it does nothing. Processes that are forked from one are left alone, too: they share everything, and
+    With one process it does nothing. Processes that Lightning forks are left alone, too: they share everything, and
     their parent watches them.
 
-    Args:
+    Attributes:
         configuration: the complete configuration as YAML text, to be the same everywhere.
+        directory: of a run of several processes.
     """
 
-    def __init__(self, configuration: str = "") -> None:
-        self.configuration = configuration
+    def __init__(self) -> None:
+        self.configuration = ""
         self.directory: Path | None = None
         self.lifeline: Lifeline | None = None
 
@@ -341,7 +342,7 @@ class ClusterGuard(Callback):
         """
         own = readable_message(error)
         if self.lifeline is None:
-            silent = isinstance(error, ClusterError) and getattr(rank_zero_only, "rank", 0)
+            silent = isinstance(error, ClusterError) and getattr(rank_zero_only, "rank", 0) > 0
             return (None if silent else own), code
         self._last_words(error, code)
         ending = self.lifeline.verdict()
@@ -355,3 +356,4 @@ class ClusterGuard(Callback):
         """Ends the watch; at the end of the process."""
         if self.lifeline is not None:
             self.lifeline.leave()
+        self.lifeline = self.directory = None

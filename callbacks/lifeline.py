@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from callbacks.checkpoint import EXIT_PREEMPTED
+
 # A process that lost another has so long to end by itself, by the error of its collective, before it is ended.
 GRACE = 5.0
 # A machine that loses its power or its network closes no connection: noticed after about 25 seconds.
@@ -262,7 +264,7 @@ class Lifeline:
         first = self.rank == 1 or self.hosts.index(self.hosts[self.rank]) == self.rank
         zero = self._peers.get(0)
         speaker = self.rank == 0 or (first and (zero is None or zero.last_words is None))
-        after = self.after() if code != 75 else ""
+        after = self.after() if code != EXIT_PREEMPTED else ""
         self._ending = Ending(f"{message}; {after}" if after else message, code, speaker)
         if self.rank == 0:
             for peer in self._peers.values():

@@ -3,9 +3,12 @@
 import csv
 import os
 import secrets
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
@@ -156,65 +159,169 @@ class RunWandbLogger(WandbLogger):
     """A wandb run that belongs to the run directory: resuming the one resumes the other.
 
     The id of the wandb run is kept in ``wandb-id.txt``. Where nobody is logged in, the run is recorded offline, below
-    the run directory, and a message says how to upload it; nothing ever asks for a key.
+    the run directory; nothing ever asks for a key, and the console gets one line.
+
+    What was logged before an interruption is not logged again by the batches that are done once more: ``wandb-rows.txt``
+    has a line for every row of the history, of which wandb itself knows nothing when it is offline. Rows are numbered
+    through all parts of the run, so that they can be uploaded one after the other.
 
     Args:
-        project: wandb project.
-        name: of the run as wandb shows it.
+        project: wandb project; the environment variable ``WANDB_PROJECT`` by default, else ``adversaria``.
+        name: of the run as wandb shows it; EXPERIMENT/NAME by default.
         save_dir: the run directory.
         offline: True or False to insist; None asks the environment variable ``WANDB_MODE`` and wandb's settings first
             and goes offline when there is no login.
-        tags: of the wandb run.
-        group: of the wandb run.
+        tags: of the wandb run, beside those of the paper and the data set.
+        group: of the wandb run; the experiment by default.
+        job_type: of the wandb run; the command (fit, test ...) by default.
+        notes: a description of the wandb run.
+        entity: user or team; the default one of the login if None.
     """
 
     def __init__(
         self,
-        project: str = "adversaria",
+        project: str | None = None,
         name: str | None = None,
         save_dir: str = ".",
         offline: bool | None = None,
         tags: list[str] | None = None,
         group: str | None = None,
+        job_type: str | None = None,
+        notes: str | None = None,
+        entity: str | None = None,
     ) -> None:
-        super().__init__(name=name, save_dir=save_dir, project=project, tags=tags, group=group)
+        super().__init__(
+            name=name,
+            save_dir=save_dir,
+            project=project or os.environ.get("WANDB_PROJECT") or "adversaria",
+            tags=tags,
+            group=group,
+            job_type=job_type,
+            notes=notes,
+            entity=entity,
+        )
         # Lightning passes it along even unset, and wandb warns about it.
         self._wandb_init.pop("anonymous", None)
         self.offline = offline
+        self._configured = False
+        self._rows: LoggedRows | None = None
+
+    def label(self, experiment: str, name: str, command: str, tags: Sequence[str] = ()) -> None:
+        """Names the run as its directory, where neither the configuration nor a ``WANDB_*`` variable does.
+
+        Args:
+            experiment: becomes the group, so that seeds, splits and sweeps of a recipe stand together.
+            name: of the run directory.
+            command: becomes the job type.
+            tags: beside those of the configuration.
+        """
+        for key, variable, value in (
+            ("name", "WANDB_NAME", f"{experiment}/{name}"),
+            ("group", "WANDB_RUN_GROUP", experiment),
+            ("job_type", "WANDB_JOB_TYPE", command),
+        ):
+            if self._wandb_init.get(key) is None and not os.environ.get(variable):
+                self._wandb_init[key] = value
+        given = self._wandb_init.get("tags") or os.environ.get("WANDB_TAGS", "").split(",")
+        self._wandb_init["tags"] = list(dict.fromkeys(tag for tag in [*tags, *given] if tag))
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The wandb run on rank 0, begun or continued at its first use."""
-        if self._experiment is None:
-            directory = Path(self.save_dir or ".")
-            directory.mkdir(parents=True, exist_ok=True)
-            self._id = self._wandb_init["id"] = _run_id(directory / "wandb-id.txt")
-            self._wandb_init["mode"] = self._mode(directory)
-        return super().experiment
+        if self._experiment is not None:
+            return self._experiment
+        directory = Path(self.save_dir or ".")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._id = self._wandb_init["id"] = _run_id(directory / "wandb-id.txt")
+        self._rows = LoggedRows(directory / "wandb-rows.txt")
+        # Tables are prepared here; the default is a folder of the user's, of which an upload from elsewhere knows nothing.
+        os.environ.setdefault("WANDB_DATA_DIR", str(directory.absolute() / "wandb"))
+        mode = self._wandb_init["mode"] = self._mode()
+        silent = mode == "offline" or (mode is None and _wandb_settings().mode != "online")
+        self._wandb_init["settings"] = {"silent": silent, "quiet": True}
+        run = super().experiment
+        if run.offline:
+            rank_zero_info(
+                f"wandb: run {self._id} is recorded offline; upload it with "
+                f"`wandb sync {directory / 'wandb'}/offline-run-*`"
+            )
+        return run
 
-    def _mode(self, directory: Path) -> str | None:
+    def _mode(self) -> str | None:
         """What to tell ``wandb.init``: None leaves it to wandb's own settings."""
         import wandb
 
         if self.offline is not None:
             return "offline" if self.offline else "online"
-        if os.environ.get("WANDB_MODE") or wandb.setup().settings.mode != "online":
+        if os.environ.get("WANDB_MODE") or _wandb_settings().mode != "online":
             return None
-        if wandb.login(prompt=False, verify=False):
-            return None
-        rank_zero_info(
-            f"wandb: not logged in, so this run is recorded offline; upload it with `wandb login` and "
-            f"`wandb sync {directory / 'wandb'}/offline-run-*`"
-        )
-        return "offline"
+        return None if wandb.login(prompt=False, verify=False) else "offline"
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Adds to the config; where that is the whole configuration of a run, Lightning's extract of it is left out."""
+        if isinstance(params, dict) and "config" in params:
+            self._configured = True
+            params = {**params["config"], **{k: v for k, v in params.items() if k != "config"}}
+        elif self._configured:
+            return
+        super().log_hyperparams(params)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Adds a row to the history, unless it was there before the run was interrupted."""
+        run = self.experiment
+        assert self._rows is not None
+        if self._rows.had(step, metrics):
+            return
+        if step is not None:
+            metrics = {**metrics, "trainer/global_step": step}
+        run.log(metrics, step=max(self._rows.count, run.step), commit=True)
+        self._rows.add(step, metrics)
+
+
+class LoggedRows:
+    """Which rows a logger that cannot be asked has taken: a file with the step and the columns of each.
+
+    Args:
+        path: of the file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().split() if path.exists() else []
+        self.count = len(lines)
+        self._before = set(lines)
+
+    def had(self, step: int | None, metrics: Mapping[str, Any]) -> bool:
+        """True if an earlier process logged these columns at this step."""
+        return self._line(step, metrics) in self._before
+
+    def add(self, step: int | None, metrics: Mapping[str, Any]) -> None:
+        """Notes a row."""
+        with self.path.open("a") as file:
+            # The line break comes first: behind half a line, which a kill may leave, the next one is whole again.
+            file.write("\n" + self._line(step, metrics))
+        self.count += 1
+
+    @staticmethod
+    def _line(step: int | None, metrics: Mapping[str, Any]) -> str:
+        columns = sorted(key for key in metrics if key != "trainer/global_step")
+        return f"{step}:{crc32(' '.join(columns).encode()):08x}"
+
+
+def _wandb_settings() -> Any:
+    import wandb
+
+    return wandb.setup().settings
 
 
 def _run_id(path: Path) -> str:
-    """The id kept in ``path``, made up if there is none."""
+    """The id kept in ``path``; if there is none, that of the agent of a sweep, else a new one."""
     kept = path.read_text().strip() if path.exists() else ""
     if not kept:
-        kept = secrets.token_hex(4)
+        kept = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         beside = path.with_suffix(".part")
         beside.write_text(kept + "\n")
         os.replace(beside, path)

@@ -73,8 +73,17 @@ def log_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     step: int | None = None,
+    part: str = "",
 ) -> Path | None:
     """Writes a table to ``tables/`` in the run directory and sends it to the loggers that take tables, on rank 0.
+
+    Args:
+        trainer: names the run directory and the loggers.
+        key: name of the table, e.g. ``open_set/table``; the file is ``open_set-table.csv``.
+        columns: their names.
+        rows: a value for each column.
+        step: position on the batch axis; the current batch count by default.
+        part: of a table that comes in parts: ends the name of the file, while loggers get all parts under one key.
 
     Returns:
         The path of the CSV file, None on ranks other than 0.
@@ -89,16 +98,27 @@ def log_table(
             )
     if not trainer.is_global_zero:
         return None
-    path = run_directory(trainer) / "tables" / f"{key.replace('/', '-')}.csv"
+    path = run_directory(trainer) / "tables" / f"{'-'.join([*key.split('/'), *([part] if part else [])])}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *rows])
+    send_table(trainer, key, columns, rows, step)
+    return path
+
+
+def send_table(
+    trainer: Trainer,
+    key: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    step: int | None = None,
+) -> None:
+    """Sends a table to the loggers that take tables."""
     step = batch_count(trainer) if step is None else step
     for logger in trainer.loggers:
         send = getattr(logger, "log_table", None)
         if send is not None:
             send(key=key, columns=list(columns), data=[list(row) for row in rows], step=step)
-    return path
 
 
 def labelled_grid(
@@ -202,6 +222,6 @@ def _log_picture(logger: Logger, key: str, path: Path, step: int) -> None:
     send = getattr(logger, "log_image", None)
     if send is not None:
         # A path, not a tensor: wandb would stretch the contrast of a tensor.
-        send(key=key, images=[str(path)], step=step)
+        send(key=key, images=[str(path)], step=step, caption=[path.name])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, decode_image(str(path), ImageReadMode.RGB), step)

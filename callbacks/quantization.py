@@ -24,7 +24,8 @@ class QuantizationReport(Callback):
     """Prints and stores the accuracy of every method at every width.
 
     Works with any module that offers ``ready_rows`` (row names), ``row_titles`` (row to description) and
-    ``column_names`` (widths), and logs ``test/ROW/WIDTH``. A module may offer ``table_notes``, lines below the table.
+    ``column_names`` (widths), and logs ``test/ROW/WIDTH``. A module may offer ``table_notes``, lines below the table,
+    and ``allocated_bits``, of mixed precision: bits by layer, by width.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -36,7 +37,7 @@ class QuantizationReport(Callback):
         require(self, pl_module, "ready_rows", "row_titles", "column_names")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``quantization_table.txt`` and its CSV, prints the table and where it is."""
+        """Writes and prints ``quantization_table.txt``, and ``bits_table.txt`` where layers have bits of their own."""
         if not trainer.is_global_zero:
             return
         module: Any = pl_module
@@ -53,6 +54,12 @@ class QuantizationReport(Callback):
         notes = [*NOTES, *getattr(module, "table_notes", ())]
         columns = ["method", *module.column_names]
         print(f"wrote {write_table(trainer, 'quantization', title, columns, rows, notes)}")
+        bits: dict[str, dict[str, int]] = getattr(module, "allocated_bits", {})
+        if bits:
+            layers = dict.fromkeys(layer for of_width in bits.values() for layer in of_width)
+            rows = [[layer, *(bits[width].get(layer) for width in bits)] for layer in layers]
+            title = "Bits of the weights in mixed precision"
+            print(f"wrote {write_table(trainer, 'bits', title, ['layer', *bits], rows)}")
 
 
 class IntegerExport(Callback):

@@ -33,8 +33,8 @@ class RunOptions:
     Args:
         root: folder of all runs.
         experiment: what is run, PAPER-DATASET by convention.
-        name: of this run; an existing one is refused. None takes the job id of a cluster job, else
-            the next free number.
+        name: of this run; an existing one is refused. None takes the job id of a cluster job (ARRAY_TASK for a task of
+            a job array), else the next free number.
         resume: continue the run ``name`` from its last checkpoint; start it where there is none.
         test: after ``fit``, run the test protocol.
     """
@@ -70,7 +70,7 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     if inherited is not None:
         return inherited
     experiment = Path(options.root) / options.experiment
-    job = next((os.environ[key] for key in _JOB_IDS if os.environ.get(key, "none") != "none"), None)
+    job = _job_id()
     processes = max(
         int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
     )
@@ -101,6 +101,13 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     if processes == 1:
         os.environ[_CHOSEN] = str(directory)
     return directory
+
+
+def _job_id() -> str | None:
+    found = os.environ
+    if "SLURM_ARRAY_JOB_ID" in found:
+        return f"{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
+    return next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
 
 
 def _next_number(experiment: Path, prefix: str) -> str:
@@ -149,7 +156,7 @@ class RunRecorder(Callback):
         if not self.config or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": yaml.safe_load(self.config)})
+            logger.log_hyperparams({"config": yaml.safe_load(self.config), **provenance()})
         directory = Path(trainer.default_root_dir)
         paths = [directory / "config.yaml"]
         paths += [directory / f"config-resumed-{i}.yaml" for i in range(1, 1000)]
@@ -196,15 +203,18 @@ class RunRecorder(Callback):
             "epochs": trainer.current_epoch,
             "processes": trainer.world_size,
             "wall_time_s": round(self.wall_time + time.monotonic() - self._started, 1),
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "hardware": hardware(),
+            **provenance(),
         }
         path = Path(trainer.default_root_dir) / "results.json"
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=2) + "\n")
         partial.replace(path)
         rank_zero_info(f"wrote {path}")
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers, beside the configuration."""
+    return {"git_revision": git_revision(), "versions": versions(), "hardware": hardware()}
 
 
 def git_revision() -> str | None:

@@ -8,7 +8,8 @@ Order of things:
 1. The float network P comes from a checkpoint, or is trained on the training images before the run begins.
 2. For every width, the game: K steps of the quantized copy Q, which minimises its distance from P on generated images,
    per step of the generator, which maximises it. No image of the data is in reach: the batches hold none.
-3. For every width, the baselines that train: GDFQ on generated images, FT on training images, an upper bound.
+3. For every width, the baselines that train: on ZeroQ's distilled images, GDFQ on generated images, FT on training
+   images, an upper bound.
 4. In the test the baselines that do not train (RQ, DFQ, ACIQ, ZeroQ) are made of P, and all are compared.
 """
 
@@ -37,6 +38,7 @@ from lightning_modules.supervised.judge import fit_judge
 from lightning_modules.zaq.attach import (
     Placement,
     activation_quantizers,
+    calibrate,
     demand_unmoved,
     evaluation_state,
     forward_with_features,
@@ -48,8 +50,11 @@ from lightning_modules.zaq.baselines import (
     aciq,
     dfq,
     has_batch_norms,
+    mixed_precision,
     parse_width,
     round_to_nearest,
+    weight_bits,
+    weight_sensitivities,
     zeroq,
 )
 from lightning_modules.zaq.gdfq import gdfq_generator_loss, gdfq_student_loss
@@ -65,8 +70,8 @@ from lightning_modules.zaq.observers import Observer
 from lightning_modules.zaq.quantizers import STE, QuantSpec
 from lightning_modules.zaq.zeroq import distill_data, network_statistics_loss, record_norm_inputs
 
-Baseline = Literal["rq", "dfq", "aciq", "zeroq", "gdfq", "ft"]
-Trained = Literal["zaq", "gdfq", "ft"]
+Baseline = Literal["rq", "dfq", "aciq", "zeroq", "mixed", "zeroq_kd", "gdfq", "ft"]
+Trained = Literal["zaq", "zeroq_kd", "gdfq", "ft"]
 BNMode = Literal["frozen", "train"]
 Decay = Literal["constant", "step", "cosine"]
 
@@ -109,6 +114,8 @@ ROWS = {
     "dfq": "DFQ",
     "aciq": "ACIQ, ranges from batch norms",
     "zeroq": "ZeroQ, ranges only",
+    "mixed": "ZeroQ, bits for each layer",
+    "zeroq_kd": "ZeroQ, distillation, last epoch",
     "gdfq": "GDFQ, last epoch",
     "zaq": "ZAQ, last epoch",
     "zaq_best": "ZAQ, best epoch on validation images",
@@ -119,7 +126,9 @@ ROWS = {
 BEST_IS_NOT_ZERO_SHOT = (
     "the best epoch was chosen with labelled images: it is not zero-shot, and nothing else uses it"
 )
-NEED_BATCH_NORMS = ("dfq", "aciq", "zeroq", "gdfq")
+NEED_BATCH_NORMS = ("dfq", "aciq", "zeroq", "mixed", "zeroq_kd", "gdfq")
+DISTILLING = ("zeroq_kd", "gdfq")
+"""Methods whose Q learns by GDFQ's loss, at its rate."""
 
 
 class Stage(NamedTuple):
@@ -155,7 +164,8 @@ class ZAQ(AdversarialModule):
         teacher_steps: batches of 64 of P's training.
         teacher_lr: its learning rate at the start, for Adam.
         widths: bits like ``W4A4``, each a game of its own; the first one is what ``predict`` uses.
-        baselines: methods to compare with: ``rq``, ``dfq``, ``aciq``, ``zeroq``, ``gdfq``, ``ft``.
+        baselines: methods to compare with: ``rq``, ``dfq``, ``aciq``, ``zeroq``, ``mixed``, ``zeroq_kd``, ``gdfq``,
+            ``ft``.
         preset: ``paper``, ``released`` or ``best``, see :data:`PRESETS`; the next eight arguments override it.
         alpha, beta, feature_loss, bn_mode, range_epochs, bns_weight, share_relu_ranges, reuse_fakes: see
             :class:`Preset`. ``range_epochs`` of 0 stands for all epochs.
@@ -191,6 +201,7 @@ class ZAQ(AdversarialModule):
         ft_epochs: of the fine-tuning on training images, with ``iterations`` batches each as well.
         ft_lr: its learning rate, with ``weight_decay`` and momentum 0.9.
         zeroq_images, zeroq_steps: see :func:`~lightning_modules.zaq.zeroq.distill_data`.
+        zeroq_kd_epochs: of the distillation of P into Q on these images (ours), with the loss and the rate of GDFQ's Q.
 
     Raises:
         ValueError: for an impossible argument.
@@ -258,6 +269,7 @@ class ZAQ(AdversarialModule):
         ft_lr: float = 0.1,
         zeroq_images: int = 64,
         zeroq_steps: int = 500,
+        zeroq_kd_epochs: int = 100,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if isinstance(network, str) else ["network"])
@@ -302,6 +314,9 @@ class ZAQ(AdversarialModule):
                 for w in self.widths
             }
         )
+        self.allocated_bits: dict[str, dict[str, int]] = {}
+        """Of mixed precision: bits by layer, by width; known after a test."""
+        self._distilled: Tensor | None = None
         self._compared: dict[str, nn.Module] = {}
         self._before_evaluation: dict[str, Tensor] = {}
         # P and the copies that are not being trained are in evaluation mode by design.
@@ -330,7 +345,7 @@ class ZAQ(AdversarialModule):
     def _check_arguments(self) -> None:
         hp = self.hp
         least = {"epochs": 1, "iterations": 1, "q_steps": 1, "teacher_steps": 1, "image_size": 1}
-        least |= {"gdfq_epochs": 1, "gdfq_warmup_epochs": 1, "ft_epochs": 1}
+        least |= {"gdfq_epochs": 1, "gdfq_warmup_epochs": 1, "ft_epochs": 1, "zeroq_kd_epochs": 1}
         for name, value in least.items():
             if hp[name] < value:
                 raise ValueError(f"{name}={hp[name]} must be at least {value} (--model.{name})")
@@ -386,6 +401,7 @@ class ZAQ(AdversarialModule):
         hp = self.hp
         epochs: dict[Trained, int] = {
             "zaq": hp.epochs,
+            "zeroq_kd": hp.zeroq_kd_epochs,
             "gdfq": hp.gdfq_epochs,
             "ft": hp.ft_epochs,
         }
@@ -454,10 +470,10 @@ class ZAQ(AdversarialModule):
     def build_optimizers(self) -> dict[str, Optimizer]:
         """SGD for every copy, Adam for every generator."""
         hp = self.hp
-        rates = {"zaq": hp.lr_q, "gdfq": hp.gdfq_lr_q, "ft": hp.ft_lr}
+        rates = {"zaq": hp.lr_q, "zeroq_kd": hp.gdfq_lr_q, "gdfq": hp.gdfq_lr_q, "ft": hp.ft_lr}
         optimizers: dict[str, Optimizer] = {}
         for stage in self.stages:
-            gdfq = stage.method == "gdfq"
+            gdfq = stage.method in DISTILLING
             optimizers[f"{stage.key}_student"] = SGD(
                 self.students[stage.key].parameters(),
                 rates[stage.method],
@@ -483,7 +499,7 @@ class ZAQ(AdversarialModule):
 
     def _decay(self, stage: Stage) -> Callable[[int], float]:
         # Released code: at 100 and 200 of 300 epochs, of GDFQ at 100, 200 and 300 of 400.
-        parts = 4 if stage.method == "gdfq" else 3
+        parts = 4 if stage.method in DISTILLING else 3
 
         def factor(epoch: int) -> float:
             done = min(max(epoch - stage.start, 0), stage.epochs - 1) / stage.epochs
@@ -582,6 +598,8 @@ class ZAQ(AdversarialModule):
             state = self.float_network.state_dict()
             student.load_state_dict(state, strict=False)
             observe_ranges(student)
+            if stage.method == "zeroq_kd":
+                calibrate(student, [self.distilled_images()])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """One batch of the current method; that of ZAQ and GDFQ holds ``index`` alone."""
@@ -590,6 +608,8 @@ class ZAQ(AdversarialModule):
         match self.stage.method:
             case "zaq":
                 self.zaq_step(rows)
+            case "zeroq_kd":
+                self.zeroq_kd_step(rows)
             case "gdfq":
                 self.gdfq_step(rows)
             case "ft":
@@ -684,6 +704,37 @@ class ZAQ(AdversarialModule):
                 q_distillation=hp.gdfq_alpha * found["distillation"],
                 q_classification=found["classification"],
             )
+
+    def zeroq_kd_step(self, rows: int) -> None:
+        """An update of Q on so many of the distilled images, whose labels are what P says."""
+        hp = self.hp
+        student = self._student_in_training("frozen", observes=False)
+        images = self.distilled_images()
+        images = images[(self.draw("distilled", "uniform", rows) * len(images)).long()]
+        with torch.no_grad():
+            logits = self.float_network(images)
+        with self.update(f"{self.stage.key}_student") as minimize:
+            found = gdfq_student_loss(
+                student(images), logits, logits.argmax(1), hp.gdfq_temperature, hp.gdfq_alpha
+            )
+            minimize(
+                q_distillation=hp.gdfq_alpha * found["distillation"],
+                q_classification=found["classification"],
+            )
+
+    def distilled_images(self) -> Tensor:
+        """ZeroQ's images, made when they are first needed: they depend on P and the seed alone, on every process."""
+        if self._distilled is None:
+            hp = self.hp
+            self._distilled = distill_data(
+                self.float_network,
+                hp.zeroq_images,
+                (hp.in_channels, hp.image_size, hp.image_size),
+                hp.zeroq_steps,
+                device=self.device,
+                progress=self.trainer.is_global_zero,
+            )
+        return self._distilled.to(self.device)
 
     def ft_step(self, images: Tensor, labels: Tensor) -> None:
         """An update of Q on normalised training images [B, C, H, W] and labels [B]."""
@@ -789,20 +840,17 @@ class ZAQ(AdversarialModule):
             "rq": lambda width: round_to_nearest(network, width, self.quantizer, shape),
             "dfq": lambda width: dfq(network, width, self.quantizer, shape),
             "aciq": lambda width: aciq(network, width, self.quantizer, shape),
-            "zeroq": lambda width: zeroq(network, width, self.quantizer, images),
+            "zeroq": lambda width: zeroq(network, width, self.quantizer, self.distilled_images()),
+            "mixed": lambda width: mixed_precision(
+                network, width, self.quantizer, self.distilled_images(), sensitivities
+            ),
         }
         found: dict[str, nn.Module] = {}
         # Networks that are made in inference mode could not be exported.
         with torch.inference_mode(False), torch.no_grad():
-            if "zeroq" in self.rows:
-                images = distill_data(
-                    network,
-                    hp.zeroq_images,
-                    shape,
-                    hp.zeroq_steps,
-                    device=self.device,
-                    progress=self.trainer.is_global_zero,
-                )
+            if "mixed" in self.rows:
+                images = self.distilled_images()
+                sensitivities = weight_sensitivities(network, self.quantizer, images)
             for row in self.ready_rows:
                 for width in self.widths:
                     key = f"{row}_{width}"
@@ -814,6 +862,8 @@ class ZAQ(AdversarialModule):
                         found[key] = self.best[f"zaq_{width}"]
                     elif row in free:
                         found[key] = free[row](width)
+                        if row == "mixed":
+                            self.allocated_bits[str(width)] = weight_bits(found[key])
                     else:
                         found[key] = self.students[key]
         return found

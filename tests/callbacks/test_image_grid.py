@@ -23,7 +23,9 @@ class PictureLogger(CSVLogger):
         super().__init__(str(path))
         self.received: list[tuple[Any, ...]] = []
 
-    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+    def log_image(
+        self, key: str, images: list[Any], step: int | None = None, caption: Any = None
+    ) -> None:
         self.received.append((key, images, step))
 
     def log_table(self, key: str, columns: Any, data: Any, step: int | None = None) -> None:

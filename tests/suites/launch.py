@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,8 +15,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.suites.preload"])
 
 
-def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _child(arguments: list[str], log: str, environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     # Lightning looks at the environment when it is imported, which has happened before.
     rank_zero_only.rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
     with open(log, "w") as file:
@@ -25,22 +30,34 @@ def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
         sys.stderr = os.fdopen(2, "w", buffering=1)
         import train
 
-        train.main(arguments)
+        try:
+            train.main(arguments)
+        finally:
+            if "wandb" in sys.modules:  # a process that was forked calls nothing at its exit
+                sys.modules["wandb"].teardown()
 
 
 def start(
-    arguments: list[str], log: Path, environment: dict[str, str] | None = None
+    arguments: list[str], log: Path, environment: Mapping[str, str | None] | None = None
 ) -> BaseProcess:
-    """Starts ``train.py`` with these arguments; what it prints goes to ``log``."""
+    """Starts ``train.py`` with these arguments; what it prints goes to ``log``.
+
+    A variable of the environment that is None is taken out.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     process = _context.Process(target=_child, args=(arguments, str(log), environment or {}))
     process.start()
     return process
 
 
-def run(arguments: list[str], log: Path, expect: int = 0) -> str:
+def run(
+    arguments: list[str],
+    log: Path,
+    expect: int = 0,
+    environment: Mapping[str, str | None] | None = None,
+) -> str:
     """Runs ``train.py`` to its end and returns what it printed; fails unless it ends with the expected code."""
-    process = start(arguments, log)
+    process = start(arguments, log, environment)
     process.join(TIME_LIMIT)
     if process.exitcode is None:
         process.kill()
