@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Tests of one group share what they prepare; see tests/conftest.py.
 PARALLEL := --numprocesses auto --dist loadgroup
 
-.PHONY: demo test slow lint format bench venv clean
+.PHONY: demo test slow lint format bench docs venv clean
 
 demo: venv  ## open-set recognition on handwritten digits: about two minutes, prints a table, draws pictures
 	$(RUN) train.py fit -c configs/osrci/digits.yaml
@@ -29,14 +29,18 @@ format: venv
 bench: venv  ## ratios against plain PyTorch loops, measured in the same run
 	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
 
+docs: venv  ## the pages as a site in site/, which opens from the disk; a broken link is an error
+	$(RUN) docs/generate.py --check
+	$(RUN) -m zensical build --clean --strict
+
 venv: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python >= 3.11 is needed, $(PYTHON) is older; try make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,bench]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,lint,bench,docs]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site .cache *.egg-info

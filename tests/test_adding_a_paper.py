@@ -139,7 +139,12 @@ def test_the_commands_of_the_page(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "old", "new", "test"),
     [
-        ("losses.py", "F.softplus(fake_logits).mean()}", "F.softplus(fake_logits).sum()}", "golden"),
+        (
+            "losses.py",
+            "F.softplus(fake_logits).mean()}",
+            "F.softplus(fake_logits).sum()}",
+            "golden",
+        ),
         (
             "module.py",
             'self.draw("latent", "normal", len(images), self.hp.latent_size)',

@@ -142,7 +142,9 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for _, block in FENCE.findall(text):
         for line in block.replace("\\\n", " ").splitlines():
-            match = re.match(r"(?:(?:[\w./-]*python|torchrun|sbatch) .*?)(?:train\.py|\.sbatch) (.*)", line)
+            match = re.match(
+                r"(?:(?:[\w./-]*python|torchrun|sbatch) .*?)(?:train\.py|\.sbatch) (.*)", line
+            )
             if match:
                 arguments = shlex.split(match[1], comments=True)
                 found.append(["fit", *arguments] if ".sbatch " in line else arguments)
@@ -152,7 +154,9 @@ def commands(text: str) -> list[list[str]]:
 def parsable(arguments: list[str], page: Path) -> list[str]:
     """With values in place of placeholders, and the recipe in place of a checkpoint."""
     recipe = ROOT / "configs" / page.stem
-    default = next((p for p in (recipe / "shapes.yaml", recipe / "digits.yaml") if p.exists()), None)
+    default = next(
+        (p for p in (recipe / "shapes.yaml", recipe / "digits.yaml") if p.exists()), None
+    )
     made: list[str] = []
     while arguments:
         word, *arguments = arguments
@@ -175,11 +179,11 @@ def parsable(arguments: list[str], page: Path) -> list[str]:
     return made
 
 
-def parse_all(groups: list[list[tuple[str, list[str]]]], log: str) -> None:
-    """Parses commands with one parser, which takes longest to build; writes what was wrong. Runs in a process of its own.
+def parse_all(groups: list[dict[str, tuple[list[str], list[str]]]], log: str) -> None:
+    """Parses commands with one parser, and together where nothing is wrong; writes what was. Runs in a process of its own.
 
     Args:
-        groups: titles and arguments of commands on one recipe, which are parsed together if nothing is wrong with them.
+        groups: by title, files and arguments of commands on the same classes.
         log: file for the errors.
     """
     import train
@@ -195,8 +199,10 @@ def parse_all(groups: list[list[tuple[str, list[str]]]], log: str) -> None:
     def parse(cli: Any, parser: Any, args: Any) -> None:
         wrong = []
         for group in groups:
-            if problem(parser, [word for _, words in group for word in words]) is not None:
-                every = ((title, problem(parser, words)) for title, words in group)
+            files = next(iter(group.values()))[0]
+            together = [word for _, words in group.values() for word in words]
+            if problem(parser, files + together) is not None:
+                every = ((title, problem(parser, f + w)) for title, (f, w) in group.items())
                 wrong += [f"{title}: {error}" for title, error in every if error is not None]
         Path(log).write_text("\n".join(wrong))
         raise SystemExit
@@ -207,12 +213,18 @@ def parse_all(groups: list[list[tuple[str, list[str]]]], log: str) -> None:
 
 def wrong_commands(found: list[tuple[str, list[str]]], log: Path) -> str:
     """What is wrong with titled commands; those without a value of their own are recipes, which the suites parse."""
-    groups: dict[str, list[tuple[str, list[str]]]] = {}
+    groups: dict[tuple[str, ...], dict[str, tuple[list[str], list[str]]]] = {}
     for title, (_, *words) in found:
-        files = [i for i, word in enumerate(words) if word in ("-c", "--config")]
-        recipes = [words[i + 1] for i in files if "configs/trainer/" not in words[i + 1]]
-        if len(words) > 2 * len(files):
-            groups.setdefault(" ".join(recipes), []).append((title, words))
+        files: list[str] = []
+        while "-c" in words:
+            place = words.index("-c")
+            if "configs/trainer/" not in words[place + 1]:
+                files += words[place : place + 2]
+            del words[place : place + 2]
+        if words:
+            recipe = yaml.safe_load((ROOT / files[1]).read_text())
+            classes = tuple(str(recipe[part].get("class_path")) for part in ("model", "data"))
+            groups.setdefault(classes, {})[title] = (files, words)
     process = launch._context.Process(target=parse_all, args=([*groups.values()], str(log)))
     process.start()
     process.join(launch.TIME_LIMIT)
@@ -258,7 +270,9 @@ def test_the_site_builds_strictly_and_needs_nobody_else(tmp_path: Path) -> None:
     assert not [*(tmp_path / "site").rglob("*.py")]
     for page in made:
         text = page.read_text()
-        assert not re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//[^\s>]*", text)
+        assert not re.findall(
+            r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//[^\s>]*", text
+        )
         assert not re.findall(r"<link[^>]*\shref=\"?(?:https?:)?//[^\s>]*", text)
     for style in (tmp_path / "site").rglob("*.css"):
         assert not re.findall(r"(?:@import|url\()[\"' ]*(?:https?:)?//", style.read_text()), style
