@@ -20,14 +20,13 @@ from tests.suites import launch
 
 FENCE = re.compile(r"^( *)```.*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-PAPERS = [page for part in NAV for page in [*part.values()][0] if "Papers" in part]
-PAPER_NAMES = [next(iter(paper.values())) for paper in PAPERS]
+PAPER_NAMES = [name for part in NAV for paper in part.get("Papers", []) for name in paper.values()]
 HEADINGS = [
     *("Idea", "Algorithm", "How to run", "What is implemented", "Results", "Deviations"),
     *("Several processes", "Known limits"),
 ]
-PLACES = "benchmarks callbacks configs datamodules docs lightning_modules tests".split()
-NAMED = re.compile(rf"(?<![\w/.])(?:{'|'.join(PLACES)})/[\w./{{}},*-]*\w(?:::\w+)?")
+PLACES = "benchmarks|callbacks|configs|datamodules|docs|lightning_modules|tests"
+NAMED = re.compile(rf"(?<![\w/.])(?:{PLACES})/[\w./{{}},*-]*\w(?:::\w+)?")
 IDS: Any = {"ids": lambda page: str(page.relative_to(ROOT))}
 PAGES = [*pages(), ROOT / "CONTRIBUTING.md"]
 
@@ -104,7 +103,7 @@ def test_a_broken_link_is_seen() -> None:
 
 # ------------------------------------------------------------------ files
 def missing_files(text: str) -> list[str]:
-    """Paths that a page names and the repository lacks; words in capitals and the files that the page makes are none."""
+    """Paths that a page names and the repository lacks; words in capitals and files that it makes are none."""
     made = set(blocks(text))
     missing = []
     for found in sorted(set(NAMED.findall(text))):
@@ -114,11 +113,11 @@ def missing_files(text: str) -> list[str]:
         braces = re.fullmatch(r"(.*){(.*)}(.*)", path)
         options = braces[2].split(",") if braces else [""]
         every = [f"{braces[1]}{o}{braces[3]}" for o in options] if braces else [path]
-        if not all([*ROOT.glob(one)] for one in every):
-            missing.append(found)
-        elif test and test not in {
-            getattr(node, "name", None) for node in ast.parse((ROOT / path).read_text()).body
-        }:
+        exists = all([*ROOT.glob(one)] for one in every)
+        if exists and test:
+            nodes = ast.parse((ROOT / path).read_text()).body
+            exists = test in [getattr(node, "name", None) for node in nodes]
+        if not exists:
             missing.append(found)
     return missing
 
@@ -180,7 +179,7 @@ def parsable(arguments: list[str], page: Path) -> list[str]:
 
 
 def parse_all(groups: list[dict[str, tuple[list[str], list[str]]]], log: str) -> None:
-    """Parses commands with one parser, and together where nothing is wrong; writes what was. Runs in a process of its own.
+    """Parses commands with one parser, and together where nothing is wrong; writes what was. Runs in its own process.
 
     Args:
         groups: by title, files and arguments of commands on the same classes.
