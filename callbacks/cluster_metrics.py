@@ -192,16 +192,21 @@ class ClusterMetrics(Callback):
             "data_time": max(data),
             "memory_gib": max(memory) / GIB,
         }
-        names = list(getattr(pl_module, "optimizer_names", []))
-        if len(names) != len(trainer.optimizers):
-            names = [f"optimizer_{i}" for i in range(len(trainer.optimizers))]
-        for position, name in enumerate(names):
+        for position, name in enumerate(optimizer_names(trainer, pl_module)):
             if position in self._norms:
                 metrics[f"grad_norm/{name}"] = gathered[0, len(numbers) + position].item()
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"cluster/{key}": value for key, value in metrics.items()}, batch_count(trainer)
             )
+
+
+def optimizer_names(trainer: Trainer, module: LightningModule) -> list[str]:
+    """A name for each of ``trainer.optimizers``: the module's own, else ``optimizer_0`` and so on."""
+    names = list(getattr(module, "optimizer_names", []))
+    if len(names) == len(trainer.optimizers):
+        return names
+    return [f"optimizer_{i}" for i in range(len(trainer.optimizers))]
 
 
 def _images_in(batch: Any) -> int:

@@ -6,9 +6,9 @@ import secrets
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
@@ -16,6 +16,10 @@ from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
+
+from callbacks.wandb_records import history
+
+AXIS = "trainer/global_step"  # Lightning's name for the number of the batch
 
 
 class ResumableCSVLogger(CSVLogger):
@@ -161,9 +165,10 @@ class RunWandbLogger(WandbLogger):
     The id of the wandb run is kept in ``wandb-id.txt``. Where nobody is logged in, the run is recorded offline, below
     the run directory; nothing ever asks for a key, and the console gets one line.
 
-    What was logged before an interruption is not logged again by the batches that are done once more: ``wandb-rows.txt``
-    has a line for every row of the history, of which wandb itself knows nothing when it is offline. Rows are numbered
-    through all parts of the run, so that they can be uploaded one after the other.
+    What was recorded before an interruption is not logged again by the batches that are done once more; the wandb
+    files of the run directory tell what that is. Rows are numbered through all parts of the run, so that the parts can
+    be uploaded one after the other. A kill loses what wandb did not write yet, a second at most, and only
+    the rows of batches that are not done again are lost for good.
 
     Args:
         project: wandb project; the environment variable ``WANDB_PROJECT`` by default, else ``adversaria``.
@@ -204,7 +209,8 @@ class RunWandbLogger(WandbLogger):
         self._wandb_init.pop("anonymous", None)
         self.offline = offline
         self._configured = False
-        self._rows: LoggedRows | None = None
+        self._recorded: set[tuple[Any, frozenset[str]]] = set()
+        self._next_row = 0
 
     def label(self, experiment: str, name: str, command: str, tags: Sequence[str] = ()) -> None:
         """Names the run as its directory, where neither the configuration nor a ``WANDB_*`` variable does.
@@ -234,17 +240,27 @@ class RunWandbLogger(WandbLogger):
         directory = Path(self.save_dir or ".")
         directory.mkdir(parents=True, exist_ok=True)
         self._id = self._wandb_init["id"] = _run_id(directory / "wandb-id.txt")
-        self._rows = LoggedRows(directory / "wandb-rows.txt")
-        # Tables are prepared here; the default is a folder of the user's, of which an upload from elsewhere knows nothing.
+        # Tables are prepared here; the default is in the home directory, which an upload from elsewhere does not have.
         os.environ.setdefault("WANDB_DATA_DIR", str(directory.absolute() / "wandb"))
         mode = self._wandb_init["mode"] = self._mode()
         silent = mode == "offline" or (mode is None and _wandb_settings().mode != "online")
-        self._wandb_init["settings"] = {"silent": silent, "quiet": True}
+        self._wandb_init["settings"] = {
+            "silent": silent,
+            "quiet": True,
+            "x_transaction_log_flush_interval": 1.0,
+        }
+        rows = _recorded_rows(directory / "wandb", self._id)
         run = super().experiment
+        # Processes that multiprocessing starts do not come to what wandb does at the end of a program.
+        Finalize(None, run.finish, exitpriority=0)
+        if not run.offline:  # what the server has, which may be less than what was recorded here
+            rows = [row for row in rows if row["_step"] < run.starting_step]
+        self._recorded = {_columns(row.get(AXIS), row) for row in rows}
+        self._next_row = max((row["_step"] + 1 for row in rows), default=0)
         if run.offline:
             rank_zero_info(
                 f"wandb: run {self._id} is recorded offline; upload it with "
-                f"`wandb sync {directory / 'wandb'}/offline-run-*`"
+                f"`wandb sync {directory / 'wandb'}`"
             )
         return run
 
@@ -272,49 +288,29 @@ class RunWandbLogger(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Adds a row to the history, unless it was there before the run was interrupted."""
         run = self.experiment
-        assert self._rows is not None
-        if self._rows.had(step, metrics):
+        if _columns(step, metrics) in self._recorded:
             return
         if step is not None:
-            metrics = {**metrics, "trainer/global_step": step}
-        run.log(metrics, step=max(self._rows.count, run.step), commit=True)
-        self._rows.add(step, metrics)
+            metrics = {**metrics, AXIS: step}
+        self._next_row = max(self._next_row, run.step)
+        run.log(metrics, step=self._next_row, commit=True)
 
 
-class LoggedRows:
-    """Which rows a logger that cannot be asked has taken: a file with the step and the columns of each.
-
-    Args:
-        path: of the file; it need not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().split() if path.exists() else []
-        self.count = len(lines)
-        self._before = set(lines)
-
-    def had(self, step: int | None, metrics: Mapping[str, Any]) -> bool:
-        """True if an earlier process logged these columns at this step."""
-        return self._line(step, metrics) in self._before
-
-    def add(self, step: int | None, metrics: Mapping[str, Any]) -> None:
-        """Notes a row."""
-        with self.path.open("a") as file:
-            # The line break comes first: behind half a line, which a kill may leave, the next one is whole again.
-            file.write("\n" + self._line(step, metrics))
-        self.count += 1
-
-    @staticmethod
-    def _line(step: int | None, metrics: Mapping[str, Any]) -> str:
-        columns = sorted(key for key in metrics if key != "trainer/global_step")
-        return f"{step}:{crc32(' '.join(columns).encode()):08x}"
+def _columns(step: Any, row: Mapping[str, Any]) -> tuple[Any, frozenset[str]]:
+    """By what a row is recognised: where it stands on the batch axis, and what it holds."""
+    return step, frozenset(key for key in row if key != AXIS and not key.startswith("_"))
 
 
 def _wandb_settings() -> Any:
     import wandb
 
     return wandb.setup().settings
+
+
+def _recorded_rows(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    """The history of a run as all processes that had it recorded it."""
+    files = sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"))
+    return [row for file in files for row in history(file)]
 
 
 def _run_id(path: Path) -> str:

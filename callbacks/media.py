@@ -34,7 +34,7 @@ def batch_count(trainer: Trainer) -> int:
 def log_images(
     trainer: Trainer, key: str, grid: Tensor | str | Path, step: int | None = None
 ) -> Path | None:
-    """Writes a picture to ``images/`` in the run directory and sends it to the loggers, on rank 0.
+    """Writes a picture to ``images/`` in the run directory and sends it to the loggers as ``images/KEY``, on rank 0.
 
     Args:
         trainer: names the run directory, the epoch and the loggers.
@@ -54,7 +54,7 @@ def log_images(
         path = Path(grid)
     step = batch_count(trainer) if step is None else step
     for logger in trainer.loggers:
-        _log_picture(logger, key, path, step)
+        _log_picture(logger, f"images/{key}", path, step)
     return path
 
 
@@ -98,7 +98,11 @@ def log_table(
             )
     if not trainer.is_global_zero:
         return None
-    path = run_directory(trainer) / "tables" / f"{'-'.join([*key.split('/'), *([part] if part else [])])}.csv"
+    path = (
+        run_directory(trainer)
+        / "tables"
+        / f"{'-'.join([*key.split('/'), *([part] if part else [])])}.csv"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *rows])
@@ -113,12 +117,17 @@ def send_table(
     rows: Sequence[Sequence[Any]],
     step: int | None = None,
 ) -> None:
-    """Sends a table to the loggers that take tables."""
+    """Sends a table to the loggers that take tables, as ``tables/KEY``: a picture may have the same key."""
     step = batch_count(trainer) if step is None else step
     for logger in trainer.loggers:
         send = getattr(logger, "log_table", None)
         if send is not None:
-            send(key=key, columns=list(columns), data=[list(row) for row in rows], step=step)
+            send(
+                key=f"tables/{key}",
+                columns=list(columns),
+                data=[list(row) for row in rows],
+                step=step,
+            )
 
 
 def labelled_grid(

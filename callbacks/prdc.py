@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
+from callbacks.report import due
 from lightning_modules.arguments import demand_at_least
 from lightning_modules.generated import generated_batches, generated_count
 from lightning_modules.metrics.features import feature_extractor
@@ -262,9 +263,7 @@ class GenerativeMetrics(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every ``every_n_epochs`` epochs of a training."""
-        if self.every_n_epochs is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if due(trainer, self.every_n_epochs):
             self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -33,8 +33,8 @@ class RunOptions:
     Args:
         root: folder of all runs.
         experiment: what is run, PAPER-DATASET by convention.
-        name: of this run; an existing one is refused. None takes the job id of a cluster job (ARRAY_TASK for a task of
-            a job array), else the next free number.
+        name: of this run; an existing one is refused. None takes the id that the agent of a wandb sweep gave, or that
+            of a cluster job (ARRAY_TASK for a task of a job array), else the next free number.
         resume: continue the run ``name`` from its last checkpoint; start it where there is none.
         test: after ``fit``, run the test protocol.
     """
@@ -70,11 +70,11 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     if inherited is not None:
         return inherited
     experiment = Path(options.root) / options.experiment
-    job = _job_id()
+    job = _job_name()
     processes = max(
         int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
     )
-    name = options.name or (job and f"job-{job}")
+    name = options.name or job
     if name is None and (processes > 1 or options.resume):
         raise ValueError(
             f"{'resuming' if options.resume else f'a run of {processes} processes'} needs a name: give --run.name NAME"
@@ -103,11 +103,15 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     return directory
 
 
-def _job_id() -> str | None:
+def _job_name() -> str | None:
+    """What an agent or a scheduler calls this run, the same in all of its processes and when it starts it again."""
     found = os.environ
+    if found.get("WANDB_SWEEP_ID") and found.get("WANDB_RUN_ID"):
+        return f"wandb-{found['WANDB_RUN_ID']}"  # one of several runs of the job in which the agent is
     if "SLURM_ARRAY_JOB_ID" in found:
-        return f"{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
-    return next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
+        return f"job-{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
+    job = next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
+    return job and f"job-{job}"
 
 
 def _next_number(experiment: Path, prefix: str) -> str:

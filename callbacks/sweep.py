@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checkpoint import EXIT_PREEMPTED, SIGNALS, Preempted
-from callbacks.summary import format_summary, summarize
+from callbacks.summary import REPEATED, format_summary, summarize, write_summary
 
 RUN_SCRIPT = Path(__file__).parent.parent / "train.py"
 LONGEST_NAME = 100
@@ -146,7 +146,7 @@ def sweep(arguments: list[str], rehearse: Rehearsal) -> list[str] | None:
         print(f"tasks: {len(runs.tasks)} (--array=0-{len(runs.tasks) - 1})")
         return None
     if options.collect:
-        collect(runs, options.name)
+        collect(runs, options.name, options.by, options.metric)
         return None
     if (chosen := _chosen_task(options.task, len(runs.tasks))) is not None:
         task = runs.tasks[chosen]
@@ -156,7 +156,7 @@ def sweep(arguments: list[str], rehearse: Rehearsal) -> list[str] | None:
         return None
     failed = _run_all(runs)
     if len(failed) < len(runs.tasks):
-        collect(runs, options.name)
+        collect(runs, options.name, options.by, options.metric)
     if failed:
         names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         raise RuntimeError(
@@ -178,6 +178,20 @@ def _parser() -> argparse.ArgumentParser:
         "--over", action="append", default=[], metavar="KEY=V1,V2,...", help="may be repeated"
     )
     parser.add_argument("--name", default="sweep", help="prefix of the names of the runs")
+    parser.add_argument(
+        "--by",
+        action="append",
+        metavar="KEY",
+        help="a swept key whose values get a mean of their own; by default all but "
+        f"{' and '.join(REPEATED)} where these are swept too",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a metric of the plot, e.g. auroc or 'test/margin/*'; may be repeated",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--task",
@@ -327,28 +341,35 @@ def start_run(arguments: list[str]) -> tuple[int, bool]:
     return code, signalled
 
 
-def collect(runs: Sweep, name: str) -> None:
+def collect(
+    runs: Sweep, name: str, by: list[str] | None = None, metrics: Sequence[str] = ()
+) -> None:
     """Summarizes the runs that have finished and names the others.
 
     Args:
         runs: of the sweep.
         name: prefix of the files that are written.
+        by: see :func:`callbacks.summary.summarize`.
+        metrics: of the plot.
 
     Raises:
         RuntimeError: if none has finished.
+        ValueError: for runs that must not share a table, or a metric that none has.
     """
     found = [(task, runs.results(task)) for task in runs.tasks]
-    finished = [results for _, results in found if results is not None]
+    finished = [(task, results) for task, results in found if results is not None]
     missing = [f"{task.number} ({task.name})" for task, results in found if results is None]
     if not finished:
         raise RuntimeError(
             f"none of the {len(found)} runs has finished in {runs.folder}; run the sweep without --collect"
         )
-    summary = summarize(finished)
-    path = runs.folder / f"{name}-summary.json"
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    summary = summarize(
+        [results for _, results in finished], [task.values for task, _ in finished], by
+    )
+    paths = write_summary(summary, runs.folder / name, metrics)
     print(format_summary(summary))
-    print(f"wrote {path}")
+    for path in paths:
+        print(f"wrote {path}")
     if missing:
         print(f"missing: {len(missing)} of {len(found)} runs: {', '.join(missing)}")
 

@@ -10,7 +10,6 @@ from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
     BatchDataset,
     ImageArrayDataset,
-    pictures_to_predict,
     read_pictures_to_predict,
 )
 from datamodules.sources import class_names_of, draw_per_class, open_source, prepare_source
@@ -113,25 +112,19 @@ class ClassificationDataModule(AdversariaDataModule):
         """What was evaluated, in plain values for results and checkpoints."""
         return {"dataset": self.dataset, "protocol": "all classes", "counts": dict(self._counts)}
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         if self.training_images and stage not in (TrainerFn.TESTING, TrainerFn.PREDICTING):
             prepare_source(self.dataset, self.root, train=True, download=self.download)
         if stage != TrainerFn.VALIDATING:
             prepare_source(self.dataset, self.root, train=False, download=self.download)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> Any:
+        """The pictures of a folder, squeezed to the size of the images."""
+        return read_pictures_to_predict(folder, self.image_size, self.class_names)
+
+    def open_parts(self, stage: str | None) -> None:
         """Reads what the stage needs; what was read before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = read_pictures_to_predict(
-                    self.predict_folder, self.image_size, self.class_names
-                )
-            return
         fits = stage in ("fit", "validate", None)
         if fits and self.training_images and self.train is None:
             self._read_training_half()

@@ -14,8 +14,9 @@ from torchvision.datasets import VOCDetection
 from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.shapes import Scenes
-from datamodules.shapes_options import SceneOptions
+from datamodules.shapes_options import SceneOptions, scenes_and_side
 from datamodules.sources import picture_sizes, unknown_name, visit_files
+from lightning_modules.arguments import demand_at_least
 
 DATASETS = ("shapes", "voc2012")
 SEVERAL = SceneOptions(max_objects=3)
@@ -90,24 +91,16 @@ class DetectionDataModule(AdversariaDataModule):
         if dataset not in DATASETS:
             raise unknown_name("dataset", dataset, DATASETS)
         drawn = dataset == "shapes"
-        if isinstance(shapes, dict):  # out of a checkpoint
-            shapes = SceneOptions(**shapes)
-        if drawn and image_size not in (None, shapes.image_size):
-            raise ValueError(
-                f"image_size={image_size} is the size of pictures in files; for scenes use "
-                f"--data.shapes.image_size {image_size}"
-            )
-        side = shapes.image_size if drawn else IMAGE_SIZE if image_size is None else image_size
-        for name, count in (
-            ("image_size", side),
-            ("shapes_train", shapes_train),
-            ("shapes_val", shapes_val),
-            ("shapes_test", shapes_test),
-        ):
-            if not 1 <= count <= 10**9:
-                raise ValueError(f"{name}={count} must be at least 1 and at most {10**9}")
-        if cache_limit < 0:
-            raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
+        shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
+        demand_at_least(1, most=10**9, image_size=side)
+        demand_at_least(
+            1,
+            most=10**9,
+            shapes_train=shapes_train,
+            shapes_val=shapes_val,
+            shapes_test=shapes_test,
+        )
+        demand_at_least(0, cache_limit=cache_limit)
         super().__init__(
             batch_size,
             eval_batch_size,
@@ -141,10 +134,7 @@ class DetectionDataModule(AdversariaDataModule):
         """What was evaluated, in plain values for results and checkpoints."""
         of_set: dict[str, Any] = {}
         if self.dataset == "shapes":
-            options = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.shapes).items()
-            }
-            of_set = {"shapes": options, "shapes_seed": self.shapes_seed}
+            of_set = {"shapes": self.shapes.plain(), "shapes_seed": self.shapes_seed}
         parts = {name: getattr(self, name) for name in FIRST_SCENE}
         return {
             "dataset": self.dataset,
@@ -154,25 +144,20 @@ class DetectionDataModule(AdversariaDataModule):
             "counts": {name: len(part) for name, part in parts.items() if part is not None},
         }
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Makes sure that the files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-        elif self.dataset != "shapes":
+        if self.dataset != "shapes":
             for part in parts_of(stage):
                 self._voc(part)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> PictureFileDataset:
+        """The pictures of a folder, squeezed to squares."""
+        files = pictures_to_predict(folder)
+        sizes = torch.tensor(picture_sizes(files, folder, "checking pictures"))
+        return PictureFileDataset(files, self.image_size, original_sizes=sizes)
+
+    def open_parts(self, stage: str | None) -> None:
         """Opens what the stage needs; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                files = pictures_to_predict(self.predict_folder)
-                sizes = picture_sizes(files, self.predict_folder, "checking pictures")
-                self.pictures = PictureFileDataset(
-                    files, self.image_size, original_sizes=torch.tensor(sizes)
-                )
-            return
         for part in parts_of(stage):
             if getattr(self, part) is None:
                 opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
@@ -191,9 +176,7 @@ class DetectionDataModule(AdversariaDataModule):
         if not state_dict:
             return
         then = list(state_dict["class_names"])
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
+        if self.predicts_folder:
             self.class_names = then
         elif then != self.class_names:
             raise ValueError(

@@ -20,8 +20,9 @@ from datamodules.datasets import (
 )
 from datamodules.localization_sources import Birds, ClassFolders, ImageNet, PictureSource
 from datamodules.shapes import Scenes
-from datamodules.shapes_options import SceneOptions
+from datamodules.shapes_options import SceneOptions, scenes_and_side
 from datamodules.sources import picture_sizes, unknown_name
+from lightning_modules.arguments import demand_at_least
 
 IMAGE_SIZE = 224
 RESIZE = 256
@@ -114,8 +115,6 @@ class LocalizationDataModule(AdversariaDataModule):
         if dataset not in DATASETS:
             raise unknown_name("dataset", dataset, DATASETS)
         drawn = dataset == "shapes"
-        if isinstance(shapes, dict):  # out of a checkpoint
-            shapes = SceneOptions(**shapes)
         given: dict[str, tuple[Any, Any]] = {
             "boxes": (boxes, None),
             "resize": (resize, RESIZE),
@@ -127,27 +126,21 @@ class LocalizationDataModule(AdversariaDataModule):
                 raise ValueError(
                     f"{name}={value} does not apply to {dataset}; leave out --data.{name}"
                 )
-        if drawn and image_size not in (None, shapes.image_size):
-            raise ValueError(
-                f"image_size={image_size} is the size of pictures in files; for scenes use "
-                f"--data.shapes.image_size {image_size}"
-            )
-        side = shapes.image_size if drawn else IMAGE_SIZE if image_size is None else image_size
-        for name, count in (
-            ("image_size", side),
-            ("shapes_train", shapes_train),
-            ("shapes_val", shapes_val),
-            ("shapes_test", shapes_test),
-        ):
-            if not 1 <= count <= 10**9:
-                raise ValueError(f"{name}={count} must be at least 1 and at most {10**9}")
+        shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
+        demand_at_least(1, most=10**9, image_size=side)
+        demand_at_least(
+            1,
+            most=10**9,
+            shapes_train=shapes_train,
+            shapes_val=shapes_val,
+            shapes_test=shapes_test,
+        )
         if not drawn and resize < side:
             raise ValueError(
                 f"resize={resize} is smaller than the image_size={side} that is cut out of it; use "
                 f"--data.resize {side} or more"
             )
-        if cache_limit < 0:
-            raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
+        demand_at_least(0, cache_limit=cache_limit)
         super().__init__(
             batch_size,
             eval_batch_size,
@@ -194,10 +187,7 @@ class LocalizationDataModule(AdversariaDataModule):
             "eval_crop": self.eval_crop,
         }
         if self.dataset == "shapes":
-            options = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.shapes).items()
-            }
-            of_set = {"shapes": options, "shapes_seed": self.shapes_seed}
+            of_set = {"shapes": self.shapes.plain(), "shapes_seed": self.shapes_seed}
         return {
             "dataset": self.dataset,
             "num_classes": self.num_classes,
@@ -207,26 +197,18 @@ class LocalizationDataModule(AdversariaDataModule):
             "counts": dict(self._counts),
         }
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Makes sure that the files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-        elif self.dataset != "shapes":
+        if self.dataset != "shapes":
             for part in parts_of(stage):
                 self._source().check(Path(self.root).expanduser(), part)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_parts(self, stage: str | None) -> None:
         """Opens what the stage needs; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = self._open_folder(self.predict_folder)
-            return
         for part in parts_of(stage):
             if getattr(self, part) is None:
-                setattr(
-                    self, part, self._draw(part) if self.dataset == "shapes" else self._open(part)
-                )
+                opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
+                setattr(self, part, opened)
 
     def state_dict(self) -> dict[str, Any]:
         """The classes, for the checkpoint."""
@@ -241,9 +223,7 @@ class LocalizationDataModule(AdversariaDataModule):
         if not state_dict:
             return
         then, now = list(state_dict["class_names"]), self.class_names
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
+        if self.predicts_folder:
             self.class_names = then
         elif now and then != now:
             both = set(then) & set(now)
@@ -343,7 +323,8 @@ class LocalizationDataModule(AdversariaDataModule):
             None if len(without) == len(paths) else framed_boxes(boxes, sizes, self._eval_framing)
         )
 
-    def _open_folder(self, folder: str) -> PictureFileDataset:
+    def open_folder(self, folder: str) -> PictureFileDataset:
+        """The pictures of a folder, framed as images to evaluate."""
         files, framing = pictures_to_predict(folder), self._eval_framing
         sizes = picture_sizes(files, folder, "checking pictures")
         return PictureFileDataset(

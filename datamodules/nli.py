@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
@@ -166,13 +167,13 @@ class NLIDataModule(AdversariaDataModule):
         found, counts = part.labels.unique(return_counts=True)
         return {names[k]: n for k, n in zip(found.tolist(), counts.tolist(), strict=True)}
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Looks whether the files are there."""
         if self.dataset == "snli":
             for split in SPLITS:
                 snli_file(self.root, split)
 
-    def setup(self, stage: str) -> None:
+    def open_parts(self, stage: str | None) -> None:
         """Loads the splits of a stage."""
         if stage == "fit":
             self.train = self.pairs_of("train")

@@ -10,7 +10,6 @@ from torch import Tensor
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
     ImageArrayDataset,
-    pictures_to_predict,
     read_pictures_to_predict,
 )
 from datamodules.ped2 import list_clips, read_patches
@@ -230,12 +229,8 @@ class OneClassDataModule(AdversariaDataModule):
             "counts": dict(self._counts),
         }
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         for train in (True, False):
             unused = (TrainerFn.TESTING, TrainerFn.PREDICTING) if train else (TrainerFn.VALIDATING,)
             if stage in unused and self.holdout_inliers:
@@ -245,14 +240,12 @@ class OneClassDataModule(AdversariaDataModule):
             else:
                 prepare_source(self.dataset, self.root, train, self.download)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> Any:
+        """The pictures of a folder, squeezed to the size of the images."""
+        return read_pictures_to_predict(folder, self.image_size, self.class_names)
+
+    def open_parts(self, stage: str | None) -> None:
         """Reads what the stage needs; what was read before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = read_pictures_to_predict(
-                    self.predict_folder, self.image_size, self.class_names
-                )
-            return
         ped2 = self.dataset == "ped2"
         if stage in ("fit", "validate", None) and self.train is None:
             self._read_training_clips() if ped2 else self._read_training_half()
@@ -273,10 +266,7 @@ class OneClassDataModule(AdversariaDataModule):
         Raises:
             ValueError: other data or normal classes, or inliers held out in one case only.
         """
-        predicts_folder = self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        )
-        if not state_dict or predicts_folder:
+        if not state_dict or self.predicts_folder:
             return
         if state_dict != self.state_dict():
             then, now = (

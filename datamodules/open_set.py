@@ -11,7 +11,6 @@ from torch import Tensor
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
     ImageArrayDataset,
-    pictures_to_predict,
     read_pictures_to_predict,
 )
 from datamodules.open_set_splits import (
@@ -156,26 +155,20 @@ class OpenSetDataModule(AdversariaDataModule):
         names = self._names or class_names_of(self._known_source)
         return [str(c) if names is None else names[c] for c in self._split.known]
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         if stage not in (TrainerFn.TESTING, TrainerFn.PREDICTING):
             prepare_source(self._known_source, self.root, train=True, download=self.download)
         if stage != TrainerFn.VALIDATING:
             for source in dict.fromkeys((self._known_source, self._unknown_source)):
                 prepare_source(source, self.root, train=False, download=self.download)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> Any:
+        """The pictures of a folder, squeezed to the size of the images."""
+        return read_pictures_to_predict(folder, self.image_size, self.class_names)
+
+    def open_parts(self, stage: str | None) -> None:
         """Reads what the stage needs; what was read before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = read_pictures_to_predict(
-                    self.predict_folder, self.image_size, self.class_names
-                )
-            return
         if stage in ("fit", "validate", None) and self.train is None:
             self._read_training_half()
         if stage in ("test", "predict", None) and self.test is None:
@@ -193,10 +186,7 @@ class OpenSetDataModule(AdversariaDataModule):
         Raises:
             ValueError: some class was known then and is not now, or the other way round.
         """
-        predicts_folder = self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        )
-        if not state_dict or predicts_folder:
+        if not state_dict or self.predicts_folder:
             return
         split = self._known_split()
         if (state_dict["source"], state_dict["known"]) != (self._known_source, split.known):

@@ -1,15 +1,14 @@
 """Probing sets for the dissection of a network: images whose concepts are known."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import EvaluationDataModule
 from datamodules.camvid import list_frames
 from datamodules.datasets import ImageArrayDataset
 from datamodules.probing_sources import (
@@ -33,7 +32,7 @@ FIRST_PROBED = 2 * 10**9
 DRAWN_AT_ONCE = 256
 
 
-class ProbingDataModule(AdversariaDataModule):
+class ProbingDataModule(EvaluationDataModule):
     """Images with the masks of concepts; for ``train.py test`` only.
 
     The test loaders are the images alone, then the same images with their concepts: a threshold needs all activations
@@ -75,6 +74,8 @@ class ProbingDataModule(AdversariaDataModule):
         FileNotFoundError: data are missing.
         RuntimeError: damaged data.
     """
+
+    holds = "a set to look into a network with"
 
     def __init__(
         self,
@@ -156,9 +157,7 @@ class ProbingDataModule(AdversariaDataModule):
         """What was probed, in plain values for the results."""
         of_set: dict[str, Any] = {"limit": self.limit}
         if self.dataset == "shapes":
-            options = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.shapes).items()
-            }
+            options = self.shapes.plain()
             of_set = {"shapes": options, "shapes_seed": self.shapes_seed}
         elif self.dataset == "camvid":
             of_set |= {"image_size": self.image_size, "frame_scale": self.frame_scale}
@@ -171,7 +170,7 @@ class ProbingDataModule(AdversariaDataModule):
     def prepare_data(self) -> None:
         """Makes sure that the files are there before anything starts."""
         if self.trainer is not None and self.trainer.state.fn not in (TrainerFn.TESTING, None):
-            self._only_test()
+            self._refuse()
         if self.dataset == "camvid":
             list_frames(Path(self.root).expanduser())
         elif self.dataset == "broden":
@@ -180,7 +179,7 @@ class ProbingDataModule(AdversariaDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the probing set."""
         if stage not in ("test", None):
-            self._only_test()
+            self._refuse()
         if self.probing is None:
             if self.dataset == "shapes":
                 self.probing = SceneProbing(self._scenes(FIRST_PROBED, self.shapes_test))
@@ -210,24 +209,6 @@ class ProbingDataModule(AdversariaDataModule):
             sampler: Any = loader.sampler
             sampler.skip = len(sampler)
         return loaders
-
-    def train_dataloader(self) -> NoReturn:
-        """Raises ValueError: networks are trained elsewhere."""
-        self._only_test()
-
-    def val_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to validate on."""
-        self._only_test()
-
-    def predict_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to predict."""
-        self._only_test()
-
-    def _only_test(self) -> NoReturn:
-        raise ValueError(
-            f"{type(self).__name__} holds a set to look into a network with, none to train, validate or predict on; "
-            "use train.py test"
-        )
 
     def _scenes(self, start: int, count: int) -> Scenes:
         return Scenes(self.shapes, self.shapes_seed, count, start)

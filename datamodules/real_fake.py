@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import EvaluationDataModule
 from datamodules.datasets import (
     BatchDataset,
     FeatureDataset,
@@ -60,7 +60,7 @@ class NamedSet:
     without: bool = False
 
 
-class RealFakeDataModule(AdversariaDataModule):
+class RealFakeDataModule(EvaluationDataModule):
     """The two sets that a generative metric compares; for ``train.py test`` only.
 
     Each set is one of
@@ -100,6 +100,8 @@ class RealFakeDataModule(AdversariaDataModule):
         FileNotFoundError: a folder, a file or the data of a source are missing.
         RuntimeError: a file cannot be read.
     """
+
+    holds = "two sets to compare"
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class RealFakeDataModule(AdversariaDataModule):
     def prepare_data(self) -> None:
         """Downloads if asked to, and checks the header of every picture before anything starts."""
         if self.trainer is not None and self.trainer.state.fn not in (TrainerFn.TESTING, None):
-            self._only_test()
+            self._refuse()
         for given in self._given.values():
             if isinstance(given, NamedSet):
                 prepare_source(given.source, self.root, given.train, self.download)
@@ -171,7 +173,7 @@ class RealFakeDataModule(AdversariaDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets: lists the pictures of folders, reads features and sources."""
         if stage not in ("test", None):
-            self._only_test()
+            self._refuse()
         if self.real_set is None:
             self._demand_one_kind()
             sets = {role: self._open(role) for role in self._given}
@@ -184,24 +186,6 @@ class RealFakeDataModule(AdversariaDataModule):
         assert self.real_set is not None, "setup('test') comes first"
         sets = [self.real_set] if self.fake_set is None else [self.real_set, self.fake_set]
         return [self.eval_loader(part) for part in sets]
-
-    def train_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to train on."""
-        self._only_test()
-
-    def val_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to validate on."""
-        self._only_test()
-
-    def predict_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to predict."""
-        self._only_test()
-
-    def _only_test(self) -> NoReturn:
-        raise ValueError(
-            f"{type(self).__name__} holds two sets to compare, none to train, validate or predict "
-            "on; use train.py test"
-        )
 
     def _demand_one_kind(self) -> None:
         """Before anything is read: a mistake here must not cost a pass over all pictures."""

@@ -10,6 +10,20 @@ from torch import Tensor
 from lightning_modules.paper import PaperModule
 
 
+def read_checkpoint(path: Path) -> Any:
+    """What is in a file, on the CPU.
+
+    Raises:
+        RuntimeError: it is no readable checkpoint, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
+        raise RuntimeError(
+            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
+        ) from error
+
+
 def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
     """The module that wrote a checkpoint, frozen and in evaluation mode, on the CPU.
 
@@ -25,12 +39,8 @@ def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; give one by {option} FILE")
-    try:
-        name = torch.load(path, map_location="cpu", weights_only=True).get("module_class")
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+    written: Any = read_checkpoint(path)
+    name = written.get("module_class") if isinstance(written, dict) else None
     found = [kind for kind in _descendants(PaperModule) if kind.__name__ == name]
     if not found:
         raise RuntimeError(
@@ -65,16 +75,13 @@ def read_reference_state(path: str | Path, key: str | None = None) -> dict[str, 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        stored: Any = torch.load(path, map_location="cpu", weights_only=True)
-        state = stored if key is None else stored.get(key)
-        if state is None:
-            raise KeyError(f"it has no {key}, only {', '.join(map(str, list(stored)[:5]))}")
-        return {name.removeprefix("module."): value.detach() for name, value in state.items()}
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
+    stored = read_checkpoint(path)
+    state = stored if key is None or not isinstance(stored, dict) else stored.get(key)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise RuntimeError(
-            f"{path} does not hold the weights of a network ({str(error).splitlines()[0]})"
-        ) from error
+            f"{path} does not hold the weights of a network{f' under {key}' if key else ''}"
+        )
+    return {name.removeprefix("module."): value.detach() for name, value in state.items()}
 
 
 def _descendants(kind: type[PaperModule]) -> list[type[PaperModule]]:

@@ -1,13 +1,11 @@
-"""Reads ``.wandb`` files, with wandb's own messages."""
+"""A ``.wandb`` file with what lies beside it."""
 
 import json
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-BLOCK = 32768
-HEADER = 7
+from callbacks.wandb_records import history, read_records, values
 
 
 class WandbFile:
@@ -20,16 +18,16 @@ class WandbFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (path,) = folder.glob("run-*.wandb")
-        records = list(_records(path))
+        records = list(read_records(path))
         kinds = [record.WhichOneof("record_type") for record in records]
         self.run = records[kinds.index("run")].run
         self.finished = "exit" in kinds
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         for record in records:
-            self.config |= _values(record.config.update)
-            self.summary |= _values(record.summary.update)
-        self.history = [_values(r.history.item) for r in records if r.history.item]
+            self.config |= values(record.config.update)
+            self.summary |= values(record.summary.update)
+        self.history = list(history(path))
         self.step_metrics = {
             r.metric.name or r.metric.glob_name: r.metric.step_metric
             for r, kind in zip(records, kinds, strict=True)
@@ -63,35 +61,3 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
         for key, value in row.items()
         if not key.startswith("_") and not isinstance(value, dict)
     }
-
-
-def _records(path: Path) -> Iterator[Any]:
-    """The records: LevelDB's log format behind seven bytes."""
-    wandb_internal_pb2: Any = import_module("wandb.proto.wandb_internal_pb2")
-    data, whole, position = path.read_bytes(), b"", HEADER
-    assert data[:4] == b":W&B"
-    while position + HEADER <= len(data):
-        if BLOCK - position % BLOCK < HEADER:
-            position += BLOCK - position % BLOCK
-            continue
-        size = int.from_bytes(data[position + 4 : position + 6], "little")
-        kind = data[position + 6]
-        whole += data[position + HEADER : position + HEADER + size]
-        position += HEADER + size
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
-def _values(items: Any) -> dict[str, Any]:
-    """Keys and values; those of nested keys as dicts in dicts."""
-    values: dict[str, Any] = {}
-    for item in items:
-        *above, last = list(item.nested_key) or [item.key]
-        inside = values
-        for key in above:
-            inside = inside.setdefault(key, {})
-        inside[last] = json.loads(item.value_json)
-    return values

@@ -150,44 +150,7 @@ class Dissection(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
-        if (checkpoint is None) == (network is None):
-            raise ValueError(
-                "a dissection needs one network: either --model.checkpoint FILE or --model.network NAME"
-            )
-        if isinstance(network, str) and pretrained == (train_steps is not None):
-            raise ValueError(
-                f"network={network!r} needs weights: either --model.pretrained true or --model.train_steps N"
-            )
-        for name, value in (
-            ("quantile", quantile),
-            ("level", level),
-            ("length_penalty", length_penalty),
-        ):
-            if value is not None and not 0 < value <= 1 - (name != "length_penalty") * 1e-12:
-                raise ValueError(f"{name}={value} must be a share in (0, 1) (--model.{name})")
-        if not 0 < alpha < 0.5:
-            raise ValueError(f"alpha={alpha} must be in (0, 0.5) (--model.alpha)")
-        demand_at_least(
-            1,
-            option="--model.",
-            width=width,
-            train_steps=train_steps,
-            train_batch_size=train_batch_size,
-            beam_size=beam_size,
-            max_length=max_length,
-            candidate_limit=candidate_limit,
-        )
-        demand_at_least(0, option="--model.", certify=certify, top_images=top_images, edits=edits)
-        demand_choice(Scope, option="--model.", scope=scope)
-        demand_choice(Mode, option="--model.", mode=mode)
-        demand_choice(Upsampling, option="--model.", upsample=upsample)
-        demand_choice(Interpolation, option="--model.", interpolation=interpolation)
-        if (upsample == "receptive_field") != (
-            field_scale is not None and field_offset is not None
-        ):
-            raise ValueError(
-                "upsample='receptive_field' goes with --model.field_scale and --model.field_offset"
-            )
+        self._check_arguments(network)
         self.network: nn.Module | None = None
         self.classes: list[str] = []
         if checkpoint is not None:
@@ -221,6 +184,49 @@ class Dissection(PaperModule):
         self._collected: Collected | None = None
         self._collector: Collector | None = None
         self._rows: list[dict[str, Tensor]] = []
+
+    def _check_arguments(self, network: str | nn.Module | None) -> None:
+        hp = self.hp
+        if (hp.checkpoint is None) == (network is None):
+            raise ValueError(
+                "a dissection needs one network: either --model.checkpoint FILE or --model.network NAME"
+            )
+        if isinstance(network, str) and hp.pretrained == (hp.train_steps is not None):
+            raise ValueError(
+                f"network={network!r} needs weights: either --model.pretrained true or --model.train_steps N"
+            )
+        for name, value in (
+            ("quantile", hp.quantile),
+            ("level", hp.level),
+            ("length_penalty", hp.length_penalty),
+        ):
+            if value is not None and not 0 < value <= 1 - (name != "length_penalty") * 1e-12:
+                raise ValueError(f"{name}={value} must be a share in (0, 1) (--model.{name})")
+        if not 0 < hp.alpha < 0.5:
+            raise ValueError(f"alpha={hp.alpha} must be in (0, 0.5) (--model.alpha)")
+        demand_at_least(
+            1,
+            option="--model.",
+            width=hp.width,
+            train_steps=hp.train_steps,
+            train_batch_size=hp.train_batch_size,
+            beam_size=hp.beam_size,
+            max_length=hp.max_length,
+            candidate_limit=hp.candidate_limit,
+        )
+        demand_at_least(
+            0, option="--model.", certify=hp.certify, top_images=hp.top_images, edits=hp.edits
+        )
+        demand_choice(Scope, option="--model.", scope=hp.scope)
+        demand_choice(Mode, option="--model.", mode=hp.mode)
+        demand_choice(Upsampling, option="--model.", upsample=hp.upsample)
+        demand_choice(Interpolation, option="--model.", interpolation=hp.interpolation)
+        if (hp.upsample == "receptive_field") != (
+            hp.field_scale is not None and hp.field_offset is not None
+        ):
+            raise ValueError(
+                "upsample='receptive_field' goes with --model.field_scale and --model.field_offset"
+            )
 
     # ------------------------------------------------------------------ before anything is collected
     def setup(self, stage: str) -> None:

@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.arguments import demand_at_least
-from lightning_modules.checkpoints import load_frozen
+from lightning_modules.checkpoints import load_frozen, read_checkpoint
 from lightning_modules.dissection.networks import LABELS, PAD, UNK, BowmanEntailmentClassifier
 from lightning_modules.paper import PaperModule
 from lightning_modules.randomness import global_seed, mix
@@ -72,10 +72,15 @@ class NLIClassifier(PaperModule):
         )
         self.val_loss = MeanMetric()
 
+    # ------------------------------------------------------------------ schedule
     @property
     def total_epochs(self) -> int:
         """Length of the training."""
         return self.hp.epochs
+
+    def configure_optimizers(self) -> Adam:
+        """Adam for everything."""
+        return Adam(self.parameters(), lr=self.hp.lr)
 
     # ------------------------------------------------------------------ vocabulary
     def use_vocabulary(self, words: Sequence[str]) -> "NLIClassifier":
@@ -160,7 +165,7 @@ class NLIClassifier(PaperModule):
         device = self.network.encoder.emb.weight.device
         return pad_sequence(rows, padding_value=PAD).to(device), lengths
 
-    # ------------------------------------------------------------------ network
+    # ------------------------------------------------------------------ training
     def representation(self, premises: Sentences, hypotheses: Sentences) -> Tensor:
         """The probed units [B, 1024] of pairs of sentences, see :class:`BowmanEntailmentClassifier`."""
         return self.network.representation(*self.encode(premises), *self.encode(hypotheses))
@@ -181,6 +186,7 @@ class NLIClassifier(PaperModule):
         self.losses = {"loss": loss.detach()}
         return loss
 
+    # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and accuracy."""
         logits, labels = self(batch["premise"], batch["hypothesis"]), batch["label"]
@@ -210,7 +216,7 @@ class NLIClassifier(PaperModule):
             "confidence": confidence,
         }
 
-    # ------------------------------------------------------------------ training
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
         """Takes the vocabulary from the data, unless there is one already.
 
@@ -225,10 +231,6 @@ class NLIClassifier(PaperModule):
                 "NLIClassifier takes its vocabulary from the data, which have none; use --data NLIDataModule"
             )
         self.use_vocabulary(words)
-
-    def configure_optimizers(self) -> Adam:
-        """Adam for everything."""
-        return Adam(self.parameters(), lr=self.hp.lr)
 
     def require_weights(self) -> None:
         """Nothing is needed to start from; for :func:`~lightning_modules.supervised.judge.fit_judge`."""
@@ -252,12 +254,7 @@ def load_nli_classifier(path: str | Path, option: str = "--model.classifier") ->
     path = Path(path).expanduser()
     checkpoint: Any = None
     if path.is_file():
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-            raise RuntimeError(
-                f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-            ) from error
+        checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict) and "stoi" in checkpoint:
         module = NLIClassifier.from_reference(checkpoint)
         return module.eval().requires_grad_(False)

@@ -84,22 +84,25 @@ class MatchGAN(StarGAN):
         **stargan: Any,
     ) -> None:
         super().__init__(**stargan)
+        self.weights["match"] = lambda_match
+        self.has_unlabelled = True
+        self.label_space: Tensor | None = None
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         hp = self.hp
         if len(self.names) > 1:
             raise ValueError(
                 f"MatchGAN trains on one data set, attributes={hp.attributes} are of {len(self.names)}; its unlabelled "
                 "images may come from anywhere"
             )
-        demand_at_least(0, option="--model.", lambda_match=lambda_match)
-        demand_choice(MatchReduction, option="--model.", match_reduction=match_reduction)
-        demand_choice(MatchSource, option="--model.", d_match_source=d_match_source)
-        demand_choice(IdleHeads, option="--model.", idle_heads=idle_heads)
+        demand_at_least(0, option="--model.", lambda_match=hp.lambda_match)
+        demand_choice(MatchReduction, option="--model.", match_reduction=hp.match_reduction)
+        demand_choice(MatchSource, option="--model.", d_match_source=hp.d_match_source)
+        demand_choice(IdleHeads, option="--model.", idle_heads=hp.idle_heads)
         # Both check their arguments before any training.
-        match_pair_indices(n_groups * group_size, group_size)
-        step_kind(0, True, hp.n_critic, schedule)
-        self.weights["match"] = lambda_match
-        self.has_unlabelled = True
-        self.label_space: Tensor | None = None
+        match_pair_indices(hp.n_groups * hp.group_size, hp.group_size)
+        step_kind(0, True, hp.n_critic, hp.schedule)
 
     def build_discriminator(self) -> MatchGANDiscriminator:
         """StarGAN's critic with the match head."""
@@ -246,6 +249,7 @@ class MatchGAN(StarGAN):
 
         return loss
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
         """As StarGAN's; takes the label space over from the data, and warns of a generator without labels.
 
@@ -257,12 +261,7 @@ class MatchGAN(StarGAN):
         if stage != "fit" or data is None:
             return
         hp = self.hp
-        for name in ("n_groups", "group_size"):
-            value = getattr(data, name, hp[name])
-            if value != hp[name]:
-                raise ValueError(
-                    f"the model has {name}={hp[name]}, the data have {value}; set --model.{name} {value}"
-                )
+        self.demand_as_in_data(n_groups="n_groups", group_size="group_size")
         if not getattr(data, "balanced", True):
             raise ValueError(
                 "MatchGAN needs labelled images in groups of one label; set --data.balanced true"

@@ -54,6 +54,7 @@ from lightning_modules.osrci.synthesis import (
 )
 from lightning_modules.paper import ImageBank
 from lightning_modules.randomness import global_seed, keyed_generator, mix
+from lightning_modules.table_rows import TableRows
 
 
 class Rounds(NamedTuple):
@@ -81,7 +82,7 @@ ROWS = {
 """Rows of the open-set table in the order in which they are printed."""
 
 
-class OSRCIModule(NamedClasses, AdversarialModule):
+class OSRCIModule(TableRows, NamedClasses, AdversarialModule):
     """Encoder, generator, discriminator, classifier and the K+1 classifiers, trained phase by phase.
 
     Args:
@@ -137,6 +138,8 @@ class OSRCIModule(NamedClasses, AdversarialModule):
     bar_terms = ("reconstruction", "classification", "closed", "open")
     kind_of_classes = "known classes"
     gradient_penalised = ("discriminator",)
+    row_titles = ROWS
+    pool_titles: ClassVar = {"open_set": "counterfactual", "gopenmax_set": "G-OpenMax"}
 
     def __init__(
         self,
@@ -215,9 +218,7 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             self.gopenmax_classifier = Classifier32(pool=classifier_pool, **heads)
             self.gopenmax_openmax = OpenMax(num_classes, tail_size=openmax_tail)
             self.gopenmax_set = OpenSetPool(image, ("confidence",))
-        self.rows = [row for row in ROWS if gopenmax or row != "gopenmax"]
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.full((len(self.rows),), torch.nan))
+        self.add_rows([row for row in ROWS if gopenmax or row != "gopenmax"])
         self.class_names = [str(k) for k in range(num_classes)]
         self.test_metrics: Any = torch.nn.ModuleDict({row: OpenSetMetrics() for row in self.rows})
         self._validation: list[dict[str, Tensor]] = []
@@ -563,9 +564,6 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         return {**made, "images": to_uint8(made["images"])}
 
     # ------------------------------------------------------------------ evaluation
-    row_titles = ROWS
-    pool_titles: ClassVar = {"open_set": "counterfactual", "gopenmax_set": "G-OpenMax"}
-
     @property
     def ready_rows(self) -> list[str]:
         """Rows of the table whose parts are fitted."""
@@ -635,9 +633,9 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             if name in columns
         }
         self.log_dict(accuracies, prog_bar=True)
-        for position, row in enumerate(self.rows):
+        for row in self.rows:
             if row in columns:
-                self.thresholds[position] = acceptance_threshold(columns[row], self.hp.acceptance)
+                self.set_threshold(row, acceptance_threshold(columns[row], self.hp.acceptance))
         before = accuracies["val/classifier/closed_accuracy"]
         after = accuracies.get("val/kplusone_classifier/closed_accuracy", before)
         if self.current_epoch + 1 == self.total_epochs and after < before - 0.01:
@@ -658,8 +656,8 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         """Logs ``test/ROW/METRIC`` for every row, with the macro F1 at its calibrated threshold."""
         for row in self.ready_rows:
             values = self.test_metrics[row].compute()
-            threshold = float(self.thresholds[self.rows.index(row)])
-            if threshold == threshold:
+            threshold = self.row_thresholds[row]
+            if threshold is not None:
                 scores, labels, predictions = self.test_metrics[row].samples
                 values["macro_f1"] = macro_f1(
                     scores, labels, predictions, threshold, self.hp.num_classes
@@ -676,13 +674,8 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             RuntimeError: if no threshold was calibrated.
         """
         row = self.hp.decision_score
-        threshold = self.thresholds[self.rows.index(row)]
+        threshold = self.demand_threshold(row)
         scores, predictions = self.open_set_scores(batch["image"])
-        if threshold.isnan() or row not in scores:
-            raise RuntimeError(
-                f"the checkpoint has no threshold for score {row!r}: it was written before the first validation "
-                "of its phase; train on, or choose another --model.decision_score"
-            )
         known = scores[row] <= threshold
         label = torch.where(known, predictions[row], -1)
         names = [self.class_names[k] if k >= 0 else "unknown" for k in label.tolist()]

@@ -23,6 +23,7 @@ from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
 from lightning_modules.metrics.translation import gan_train_accuracy
 from lightning_modules.nn.gradient_penalty import PatchReduction, slope_norms
+from lightning_modules.nn.pixels import mean_difference
 from lightning_modules.randomness import keyed_generator
 from lightning_modules.stargan.labels import (
     class_targets,
@@ -476,6 +477,7 @@ class StarGAN(AdversarialModule):
         label = self.generator_label(attributes.to(images), place)
         return (self.translate_raw(self.to_network(images), label) + 1) / 2
 
+    # ------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def evaluate(
         self,
@@ -503,13 +505,13 @@ class StarGAN(AdversarialModule):
             changed = (target != own).any(1)
             translated = self.translate(images, target, place)
             found = {
-                "reconstruction": _difference(self.translate(translated, own, place), images),
-                "label_effect": _difference(translated, unchanged),
+                "reconstruction": mean_difference(self.translate(translated, own, place), images),
+                "label_effect": mean_difference(translated, unchanged),
             }
             if counterparts is not None:
                 truth = counterparts(batch["index"].cpu(), target).to(images)
-                found["error"] = _difference(translated, truth)
-                found["error_of_identity"] = _difference(images, truth)
+                found["error"] = mean_difference(translated, truth)
+                found["error_of_identity"] = mean_difference(images, truth)
             edits += changed
             sums = {name: sums.get(name, 0) + value * changed for name, value in found.items()}
         return {name: total / edits.clamp_min(1) for name, total in sums.items()}
@@ -584,6 +586,7 @@ class StarGAN(AdversarialModule):
             for row in rows
         ]
 
+    # ------------------------------------------------------------------ pictures
     @torch.no_grad()
     def image_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Rows of pictures for :class:`callbacks.ImageGrid`: the images, and a row for every attribute or class."""
@@ -598,13 +601,15 @@ class StarGAN(AdversarialModule):
                 rows[title] = self.translate(images, target, place)
         return rows
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
-        """Checks that model and data agree, and has epochs of their own lengths.
+        """Checks that model and data agree.
 
         Raises:
             ValueError: if the data have other attributes, or images of another size; and for a prediction without
                 ``edits``.
         """
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         hp = self.hp
         names = getattr(data, "attribute_names", None)
@@ -615,17 +620,9 @@ class StarGAN(AdversarialModule):
             )
         if names and stage == "fit":
             self._demand_same_labels(data)
-        for name, there in (("image_size", "image_size"), ("in_channels", "image_channels")):
-            value = getattr(data, there, None)
-            if value is not None and value != hp[name]:
-                raise ValueError(
-                    f"the model has {name}={hp[name]}, the data have {value}; set --model.{name} {value}"
-                )
+        self.demand_as_in_data(image_size="image_size", in_channels="image_channels")
         if stage == "predict":
             self._demand_edit()
-        if stage == "fit":
-            trainer: Any = self.trainer
-            trainer.reload_dataloaders_every_n_epochs = 1
 
     def _demand_same_labels(self, data: Any) -> None:
         several = len(self.names) > 1
@@ -643,8 +640,3 @@ class StarGAN(AdversarialModule):
                     f"the model has exclusive={self.hp.exclusive}, in the data {theirs} exclude each other; set "
                     "--model.exclusive"
                 )
-
-
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference of images [B, C, H, W], [B]."""
-    return (first - second).abs().flatten(1).mean(1)

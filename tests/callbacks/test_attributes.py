@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"judge_steps": 0}, {"gan_train_steps": -1}, {"rows": 0}, {"judge_network": "large"}],
+    [{"judge_steps": 0}, {"gan_train_steps": -1}, {"pictures": 0}, {"judge_network": "large"}],
 )
 def test_impossible_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

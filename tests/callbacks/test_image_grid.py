@@ -70,7 +70,10 @@ def test_draws_every_n_epochs_and_tells_the_loggers(tmp_path: Path) -> None:
     trainer.fit(BoringGAN(), loader(), loader())
     files = sorted((tmp_path / "images").iterdir())
     assert [file.name for file in files] == ["grid-1.png", "grid-3.png"]
-    assert logger.received == [("grid", [str(files[0])], 8), ("grid", [str(files[1])], 16)]
+    assert logger.received == [
+        ("images/grid", [str(files[0])], 8),
+        ("images/grid", [str(files[1])], 16),
+    ]
     # Three columns and two rows of 48 pixels, with the titles in the margin on the left.
     width, height = Image.open(files[0]).size
     assert height == 2 * 48 + 3 * 2
@@ -172,10 +175,10 @@ def test_media_reach_files_and_loggers(tmp_path: Path) -> None:
     assert table is not None
     assert table.read_text().splitlines() == ["a,b", '1,"x, y"']
     assert [(entry[0], entry[-1]) for entry in logger.received] == [
-        ("val/real", 7),
-        ("again", 8),
-        ("curve", 0),
-        ("test/rows", 9),
+        ("images/val/real", 7),
+        ("images/again", 8),
+        ("images/curve", 0),
+        ("tables/test/rows", 9),
     ]
     with pytest.raises(ValueError, match="1 values for 2 columns"):
         log_table(trainer, "bad", ["a", "b"], [[1]])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from callbacks.loggers import _run_id
 from callbacks.run import RunOptions, RunRecorder, open_run_directory
 from tests.callbacks.boring import BoringGAN, boring_trainer, loader
 
@@ -13,6 +14,7 @@ from tests.callbacks.boring import BoringGAN, boring_trainer, loader
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Any:
     for key in ("SLURM_JOB_ID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     monkeypatch.delenv("ADVERSARIA_RUN_DIRECTORY", raising=False)
     yield
     os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
@@ -55,6 +57,20 @@ def test_a_scheduled_job_is_named_after_its_id(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711"
+
+
+def test_a_run_of_a_wandb_agent_has_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "SLURM_JOB_ID", "4711"
+    )  # the job of the agent, which makes one run after the other
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    for run in ("abc", "def"):
+        monkeypatch.setenv("WANDB_RUN_ID", run)
+        directory = open_new(RunOptions(str(tmp_path), "paper-data", resume=True))
+        assert directory.name == f"wandb-{run}"
+        assert _run_id(directory / "wandb-id.txt") == run
 
 
 def test_processes_without_a_common_name_are_refused(

@@ -250,7 +250,7 @@ def test_a_sweep_over_splits_can_be_repeated(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "sweep", *MEMBERS[0].arguments()]
     command += ["--over", "data.split=0,1", "--run.root", str(tmp_path)]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "mean±std over 2 runs" in first.stdout
+    assert "mean ± std of 2 runs" in first.stdout
     summary = json.loads((tmp_path / "osrci-digits" / "sweep-summary.json").read_text())
     assert summary["metrics"]["test/margin/auroc"]["n"] == 2
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

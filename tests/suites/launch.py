@@ -30,11 +30,7 @@ def _child(arguments: list[str], log: str, environment: Mapping[str, str | None]
         sys.stderr = os.fdopen(2, "w", buffering=1)
         import train
 
-        try:
-            train.main(arguments)
-        finally:
-            if "wandb" in sys.modules:  # a process that was forked calls nothing at its exit
-                sys.modules["wandb"].teardown()
+        train.main(arguments)
 
 
 def start(

@@ -3,5 +3,6 @@
 import torch
 
 import train  # noqa: F401
+import wandb  # noqa: F401
 
 torch.set_num_threads(1)

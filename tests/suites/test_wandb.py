@@ -135,14 +135,15 @@ def test_summary_has_the_results(recorded: Recorded) -> None:
 
 
 def test_every_picture_and_table_is_there(recorded: Recorded) -> None:
-    pictures = {
-        caption: (key, file.read_bytes()) for key, caption, file in recorded.file.images()
-    }
+    pictures = {caption: (key, file.read_bytes()) for key, caption, file in recorded.file.images()}
     drawn = {path.name: path.read_bytes() for path in recorded.directory.rglob("*.png")}
     drawn = {name: content for name, content in drawn.items() if name in _outside_wandb(recorded)}
     assert {caption: content for caption, (_, content) in pictures.items()} == drawn
+    history = recorded.file.history
+    kinds = {(key, str(type(value))) for row in history for key, value in row.items()}
+    assert len(kinds) == len({key for key, _ in kinds}), "a panel shows one kind of thing"
     for caption, (key, _) in pictures.items():
-        assert caption.startswith(key.replace("/", "-"))
+        assert caption.startswith(key.removeprefix("images/").replace("/", "-"))
 
     sent = [
         [[_cell(value) for value in row] for row in (content["columns"], *content["data"])]
@@ -178,12 +179,12 @@ def test_nothing_else_is_left_or_printed(recorded: Recorded) -> None:
     folder = recorded.directory / "wandb"
     assert said == [
         f"wandb: run {recorded.file.run.run_id} is recorded offline; upload it with "
-        f"`wandb sync {folder}/offline-run-*`"
+        f"`wandb sync {folder}`"
     ]
     assert not (ROOT / "wandb").exists()
     found = [path for path in recorded.root.rglob("*wandb*") if folder not in path.parents]
     beside = {path for path in found if recorded.root / "home" / ".cache" not in path.parents}
-    names = ("wandb", "wandb-id.txt", "wandb-rows.txt")
+    names = ("wandb", "wandb-id.txt")
     assert beside == {recorded.directory / name for name in names}
 
 
@@ -237,7 +238,7 @@ def test_predictions_are_a_table(tmp_path: Path) -> None:
     ((key, content),) = file.tables()
     with (directory / "predictions.csv").open(newline="") as table:
         header, *rows = list(csv.reader(table))
-    assert key == "predictions"
+    assert key == "tables/predictions"
     assert content["columns"] == header
     assert [[_cell(v) for v in row] for row in content["data"]] == [
         [_cell(v) for v in row] for row in rows

@@ -38,7 +38,7 @@ def test_what_is_no_released_checkpoint(tmp_path: Path) -> None:
     g_path, d_path = released(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no\.tar"):
         load_reference_checkpoint(tmp_path / "no.tar")
-    with pytest.raises(RuntimeError, match="no d_model_state_dict"):
+    with pytest.raises(RuntimeError, match="network under d_model_state_dict"):
         load_reference_checkpoint(g_path)
     with pytest.raises(RuntimeError, match="images of 28 pixels"):
         load_reference_checkpoint(g_path, d_path, image_size=28)
@@ -48,5 +48,5 @@ def test_what_is_no_released_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"encoder\.3\.weight"):
         load_reference_checkpoint(g_path, d_path)
     (tmp_path / "text.tar").write_text("x")
-    with pytest.raises(RuntimeError, match="does not hold the weights of a network"):
+    with pytest.raises(RuntimeError, match="is not a readable checkpoint"):
         load_reference_checkpoint(tmp_path / "text.tar")
