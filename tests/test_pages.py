@@ -258,7 +258,6 @@ def test_all_pages_are_in_the_navigation() -> None:
 
 
 def test_the_site_builds_strictly_and_needs_nobody_else(tmp_path: Path) -> None:
-    pytest.importorskip("zensical", reason="the site is built by the extra `docs`")
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     build = [sys.executable, "-m", "zensical", "build", "--strict"]
