@@ -1,4 +1,5 @@
 import csv
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
