@@ -19,13 +19,18 @@ import callbacks
 import datamodules
 import lightning_modules
 from callbacks.checkpoint import (
+    EXIT_PREEMPTED,
     AtomicCheckpointIO,
     Preempted,
     ResumableCheckpoint,
+    newest_readable,
     refuse_other_hyperparameters,
+    signals_stop_at_once,
 )
+from callbacks.environment import ClusterError, ClusterGuard
 from callbacks.finite import FiniteGuard
-from callbacks.loggers import ResumableCSVLogger
+from callbacks.lifeline import EXIT_ERROR
+from callbacks.loggers import ResumableCSVLogger, RunWandbLogger
 from callbacks.predictions import PredictionWriter
 from callbacks.run import (
     RunOptions,
@@ -43,7 +48,6 @@ DESCRIPTION = (
     "Adversaria: train.py fit -c configs/PAPER/DATASET.yaml [-c configs/trainer/OVERLAY.yaml] [--KEY VALUE ...]; "
     "train.py test|validate|predict --ckpt_path FILE; train.py sweep --help for several runs and their mean"
 )
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the job script requeues on it
 
 # A class that was imported can be named in a configuration without its module.
 for package in (lightning_modules, datamodules, callbacks):
@@ -53,6 +57,10 @@ for package in (lightning_modules, datamodules, callbacks):
 
 class AdversariaCLI(LightningCLI):
     """LightningCLI with run directories, a test after fit, and configuration that wins over checkpoints."""
+
+    def __init__(self, guard: ClusterGuard, *args: Any, **kwargs: Any) -> None:
+        self.guard = guard
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections ``run`` and ``checkpoint``."""
@@ -86,9 +94,9 @@ class AdversariaCLI(LightningCLI):
         for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
             if "save_dir" in logger.init_args:
                 logger.init_args.save_dir = str(self.directory)
-        last = ResumableCheckpoint.path_in(self.directory)
-        if self.subcommand == "fit" and config.run.resume and last.exists():
-            config.ckpt_path = str(last)
+        if self.subcommand == "fit" and config.run.resume:
+            found = newest_readable(self.directory)
+            config.ckpt_path = str(found) if found else config.ckpt_path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of this run, with the callbacks that every run has."""
@@ -105,13 +113,25 @@ class AdversariaCLI(LightningCLI):
         if config["logger"] is None or config["logger"] is True:
             kwargs["logger"] = ResumableCSVLogger(str(self.directory))
         self._dump_config()
-        recorder = RunRecorder(
-            yaml.safe_dump(self.config_dump, sort_keys=False),
-            self.config[self.subcommand].run.experiment,
-            self.subcommand,
-        )
-        self.trainer_defaults["callbacks"] = [FiniteGuard(), PredictionWriter(), recorder]
-        return super().instantiate_trainer(**kwargs)
+        text = yaml.safe_dump(self.config_dump, sort_keys=False)
+        experiment = self.config[self.subcommand].run.experiment
+        recorder = RunRecorder(text, experiment, self.subcommand)
+        self.guard.configuration = text
+        self.trainer_defaults["callbacks"] = [
+            FiniteGuard(),
+            PredictionWriter(),
+            recorder,
+            self.guard,
+        ]
+        trainer = super().instantiate_trainer(**kwargs)
+        self.guard.attach(trainer)
+        paper = type(self.model).__module__.removeprefix("lightning_modules.").split(".")[0]
+        dataset = getattr(self.datamodule, "hparams", {}).get("dataset")
+        for logger in trainer.loggers:
+            if isinstance(logger, RunWandbLogger):
+                tags = [paper, dataset] if dataset else [paper]
+                logger.label(experiment, self.directory.name, self.subcommand, tags)
+        return trainer
 
     def before_fit(self) -> None:
         """Refuses to continue a checkpoint under other hyper-parameters.
@@ -131,6 +151,58 @@ class AdversariaCLI(LightningCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
+class ParsedCommand(AdversariaCLI):
+    """A command that is parsed but not run: no seed, no run directory, no trainer."""
+
+    def _set_seed(self) -> None:
+        """Nothing random follows."""
+
+    def before_instantiate_classes(self) -> None:
+        """Opens no directory."""
+
+    def instantiate_classes(self) -> None:
+        """Only what was parsed."""
+        self._dump_config()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Not wanted."""
+
+
+class RehearsedCommand(ParsedCommand):
+    """The same, after building model, data and callbacks, whose constructors check their arguments."""
+
+    def instantiate_classes(self) -> None:
+        """Builds them and lets them go."""
+        super().instantiate_classes()
+        self.parser.instantiate_classes(self.config)
+
+
+def command_line(
+    kind: type[AdversariaCLI], arguments: list[str], guard: ClusterGuard
+) -> AdversariaCLI:
+    """A command of this program, as ``kind`` treats it."""
+    return kind(
+        guard,
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=None,
+        trainer_defaults={"devices": 1},
+        parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
+        | {"exit_on_error": False, "description": DESCRIPTION},
+        args=arguments,
+    )
+
+
+def rehearse(arguments: list[str], build: bool) -> dict[str, Any]:
+    """The whole configuration of a command, without running it; with ``build`` its classes are built as well."""
+    kind = RehearsedCommand if build else ParsedCommand
+    return command_line(kind, arguments, ClusterGuard()).config_dump
+
+
 def main(args: list[str] | None = None) -> AdversariaCLI | None:
     """Runs one command.
 
@@ -147,26 +219,20 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         lambda record: "litlogger" not in record.getMessage()
     )
     inherited = chosen_directory()
+    guard = ClusterGuard()
     try:
         if arguments[:1] == ["sweep"]:
-            sweep(arguments[1:])
-            return None
-        return AdversariaCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_callback=None,
-            trainer_defaults={"devices": 1},
-            parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
-            | {"exit_on_error": False, "description": DESCRIPTION},
-            args=args,
-        )
+            chosen = sweep(arguments[1:], rehearse)
+            if chosen is None:
+                return None
+            arguments = chosen
+        with signals_stop_at_once():
+            return command_line(AdversariaCLI, arguments, guard)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(EXIT_PREEMPTED)
+        message, code = guard.conclude(stop, EXIT_PREEMPTED)
+        if message is not None:
+            print(message, file=sys.stderr)
+        sys.exit(code)
     except ArgumentError as error:
         print(
             f"error: {readable_message(error)}\n(a recipe is given with -c configs/PAPER/DATASET.yaml; "
@@ -175,10 +241,14 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         )
         sys.exit(2)
     except (ArithmeticError, ValueError, OSError, RuntimeError, MisconfigurationException) as error:
-        print(f"error: {readable_message(error)}", file=sys.stderr)
-        keep_traceback()
-        sys.exit(1)
+        message, code = guard.conclude(error, EXIT_ERROR)
+        if message is not None:
+            print(f"error: {message}", file=sys.stderr)
+        if not isinstance(error, ClusterError):
+            keep_traceback(guard.directory)
+        sys.exit(code)
     finally:
+        guard.leave()
         if inherited is None:
             os.environ.pop("ADVERSARIA_RUN_DIRECTORY", None)
 

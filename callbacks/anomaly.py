@@ -10,6 +10,7 @@ from torchvision.utils import save_image
 
 from callbacks.media import labelled_grid, log_images, run_directory
 from callbacks.report import Histogram, require, score_histograms, write_table
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.metrics.anomaly import anomaly_metrics, auc_interval
 from lightning_modules.nn.statistics import gather_over_ranks
 
@@ -114,16 +115,15 @@ class AnomalySheet(Callback):
     column with its score, the largest first. A score of nan comes first of all.
 
     Args:
-        count: number of samples.
+        pictures: number of samples.
 
     Raises:
         ValueError: if it is below 1.
     """
 
-    def __init__(self, count: int = 16) -> None:
-        if count < 1:
-            raise ValueError(f"count={count} must be at least 1")
-        self.count = count
+    def __init__(self, pictures: int = 16) -> None:
+        demand_at_least(1, pictures=pictures)
+        self.pictures = pictures
         self._rows: list[Row] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,7 +167,7 @@ class AnomalySheet(Callback):
             (score, dataloader_idx, index, image)
             for score, index, image in zip(scores, indices, given["image"], strict=True)
         ]
-        kept = _most_anomalous(self._rows + rows, self.count)
+        kept = _most_anomalous(self._rows + rows, self.pictures)
         # A copy: a view would keep the whole batch in memory.
         self._rows = [(*row[:3], row[3].detach().cpu().clone()) for row in kept]
 
@@ -175,7 +175,7 @@ class AnomalySheet(Callback):
         """Gathers the samples of all ranks and draws them."""
         module: Any = pl_module
         parts = gather_over_ranks(trainer, self._rows)
-        rows = _most_anomalous([row for part in parts for row in part], self.count)
+        rows = _most_anomalous([row for part in parts for row in part], self.pictures)
         if not rows:
             return
         images = torch.stack([image for *_, image in rows])
@@ -189,7 +189,7 @@ class AnomalySheet(Callback):
                 "reconstruction": rebuilt,
                 "difference": (images.float() - rebuilt.float()).abs(),
             },
-            self.count,
+            self.pictures,
             [f"{score:.3g}" for score, *_ in rows],
         )
         path = run_directory(trainer) / "images" / "most_anomalous.png"

@@ -1,27 +1,32 @@
 """Translations of attributes judged: by a classifier of its own, against the truth, in numbers and in a grid."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from callbacks.judging import (
+    JudgedTranslations,
+    Scores,
+    difference,
+    distances,
+)
 from callbacks.media import labelled_grid, log_images
-from callbacks.report import require, write_table
+from callbacks.report import due, evenly, require, write_table
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import LabelKind, exclusive_indices, observed_label_space
 from lightning_modules.matchgan.classifier import AttributeClassifier
-from lightning_modules.metrics.features import feature_extractor
-from lightning_modules.metrics.frechet import frechet_distance_of_features
 from lightning_modules.metrics.inception import inception_score_from_probs
 from lightning_modules.metrics.prdc import PrecisionRecallDensityCoverage
 from lightning_modules.metrics.translation import gan_test_accuracy, gan_train_accuracy
+from lightning_modules.nn.pixels import in_8_bits
 from lightning_modules.nn.statistics import gather_over_ranks
 from lightning_modules.randomness import mix
 from lightning_modules.stargan.labels import single_attribute_targets
-from lightning_modules.supervised import Classifier, fit_judge
+from lightning_modules.supervised import Classifier
 
 JudgeNetwork = Literal["small", "matchgan"]
 
@@ -39,15 +44,10 @@ COLUMNS = {
 }
 """Metrics, as they are logged, and the heads of their columns."""
 
-SMALL_DISTANCES = ("pixels", "random_vgg16")
-"""Embeddings in which Frechet distances are below 1; the table has them x100."""
-
 SETS = ("train", "val", "test")
 INCEPTION_SIDE = 299
 INCEPTION_CLASSES = 1000
 FEWEST_IN_PART = 500
-
-Scores = dict[str, float]
 
 
 class Member(NamedTuple):
@@ -95,7 +95,7 @@ class Found(NamedTuple):
     """Of the classes of the inception score, [N * c, K]."""
 
 
-class AttributeReport(Callback):
+class AttributeReport(JudgedTranslations):
     """What translations of attributes are worth: a table after a test, and a grid of pictures.
 
     Works with any module that offers ``translate(images, attributes, place)``, from [B, C, H, W] in [0, 1] and the
@@ -129,79 +129,43 @@ class AttributeReport(Callback):
     logged as ``test/attributes/METRIC``, those of a row as ``test/attributes/ROW/METRIC``, with several data sets as
     ``test/attributes/NUMBER/...``. The images are shared among the processes.
 
-    The judges are trained once in a run, with random numbers of their own: runs on the same data have equal judges,
-    whatever their seeds, modules and labelled images.
-
     The grid has a row for each of some images, a column for each attribute and, where it is known, the truth below.
 
     Args:
-        judge_steps: batches that the classifier is trained with.
-        judge_batch_size: images of such a batch.
-        judge_lr: its learning rate.
         judge_network: ``small``, or ``matchgan``, the classifier of MatchGAN's evaluation, for images of at least 32
-            pixels.
-        judge_width: channels of its first stage (``matchgan``: of the second one, 32 in the released code).
-        judge_seed: of all that is random in it; not the run's seed.
-        judge_flip: mirror its training images with probability 1/2.
+            pixels; ``judge_width`` is then that of its second stage, 32 in the released code.
         gan_train_steps: batches that a classifier is trained with on translations; 0: no GAN-train.
         inception_weights: file of torchvision's ImageNet weights of ``inception_v3``, whose classes the inception score
             then is of (as MatchGAN's); null: those of the judge, the labels that training images have.
-        features: embedding, see :func:`feature_extractor`; values in different ones cannot be compared.
-        weights_path: weights file of a pretrained embedding.
-        nearest_k: k of density and coverage.
-        num_images: at most so many test images, evenly spaced; null for all.
-        batch_size: images translated at once.
-        rows: images in the grid.
-        every_n_epochs: a grid of validation images after every so many epochs; null for the test only.
+        judge_batch_size: as in :class:`JudgedTranslations`.
+        batch_size: likewise.
+        pictures: rows of the grid.
+        **judging: further arguments of :class:`JudgedTranslations`; every ``every_n_epochs`` epochs a grid of
+            validation images is drawn.
 
     Raises:
         ValueError: for an impossible argument.
         FileNotFoundError: weights are missing.
     """
 
+    columns = COLUMNS
+
     def __init__(
         self,
-        judge_steps: int = 300,
-        judge_batch_size: int = 32,
-        judge_lr: float = 3e-3,
         judge_network: JudgeNetwork = "small",
-        judge_width: int = 16,
-        judge_seed: int = 0,
-        judge_flip: bool = False,
         gan_train_steps: int = 0,
         inception_weights: str | None = None,
-        features: str = "random_vgg16",
-        weights_path: str | None = None,
-        nearest_k: int = 5,
-        num_images: int | None = None,
+        judge_batch_size: int = 32,
         batch_size: int = 32,
-        rows: int = 6,
-        every_n_epochs: int | None = None,
+        pictures: int = 6,
+        **judging: Any,
     ) -> None:
-        for name, value, least in (
-            ("judge_steps", judge_steps, 1),
-            ("judge_batch_size", judge_batch_size, 1),
-            ("judge_width", judge_width, 1),
-            ("gan_train_steps", gan_train_steps, 0),
-            ("nearest_k", nearest_k, 1),
-            ("num_images", num_images, 1),
-            ("batch_size", batch_size, 1),
-            ("rows", rows, 1),
-            ("every_n_epochs", every_n_epochs, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if judge_network not in get_args(JudgeNetwork):
-            raise ValueError(
-                f"unknown judge_network={judge_network!r}; choose one of {', '.join(get_args(JudgeNetwork))}"
-            )
-        self.judge_steps = judge_steps
-        self.judge_batch_size = judge_batch_size
-        self.judge_lr = judge_lr
+        super().__init__(
+            judge_batch_size=judge_batch_size, batch_size=batch_size, pictures=pictures, **judging
+        )
+        demand_at_least(0, gan_train_steps=gan_train_steps)
+        demand_choice(JudgeNetwork, judge_network=judge_network)
         self.judge_network = judge_network
-        self.judge_width = judge_width
-        self.judge_seed = judge_seed
-        self.judge_flip = judge_flip
         self.gan_train_steps = gan_train_steps
         self.inception: Classifier | None = None
         if inception_weights is not None:
@@ -213,13 +177,6 @@ class AttributeReport(Callback):
             )
             self.inception.require_weights()
             self.inception.eval().requires_grad_(False)
-        self.extractor = feature_extractor(features, weights_path)
-        self.fid_scale = 100 if features in SMALL_DISTANCES else 1
-        self.nearest_k = nearest_k
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.rows = rows
-        self.every_n_epochs = every_n_epochs
         self._judges: dict[int, _Judge] = {}
         self._references: dict[int, PrecisionRecallDensityCoverage | None] = {}
         self._tables: dict[int, tuple[list[list[Any]], list[str]]] = {}
@@ -234,18 +191,11 @@ class AttributeReport(Callback):
         require(self, pl_module, "translate")
         for member in _members(trainer):
             needed = (*SETS, "attribute_names", "attribute_kind", "exclusive_groups")
-            missing = [name for name in needed if not hasattr(member.data, name)]
-            if missing:
-                raise MisconfigurationException(
-                    f"AttributeReport needs a DataModule with {', '.join(needed)}, {type(member.data).__name__} has no "
-                    f"{', '.join(missing)}; remove the callback"
-                )
+            require(self, member.data, *needed)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the grid every ``every_n_epochs`` epochs of a training."""
-        if self.every_n_epochs is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 and trainer.is_global_zero:
+        if due(trainer, self.every_n_epochs) and trainer.is_global_zero:
             for member in _members(trainer):
                 self._picture(trainer, pl_module, member, "val")
 
@@ -265,20 +215,21 @@ class AttributeReport(Callback):
                 pl_module.log_dict(logged, rank_zero_only=False)
             titles = {name: f"to {name}" for name in member.names} | {"": "all"}
             titles |= {"source": "images as they are", "real": "real images"}
-            table = [[titles[name], *self._cells(scores)] for name, scores in rows.items()]
+            table = [[titles[name], *self.cells(scores)] for name, scores in rows.items()]
             self._tables[member.place] = (table, notes)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``attributes_table.txt`` and the grid, prints the table and where things are."""
         if not trainer.is_global_zero:
             return
-        heads = COLUMNS if self.fid_scale == 1 else COLUMNS | {"fid": f"FID x{self.fid_scale}"}
         for member in _members(trainer):
             rows, notes = self._tables[member.place]
             key = "_".join(filter(None, ("attributes", member.prefix)))
             title = f"Translation of attributes ({type(pl_module).__name__}), {notes[0]}"
             written = [
-                write_table(trainer, key, title, ["images", *heads.values()], rows, notes[1:]),
+                write_table(
+                    trainer, key, title, ["images", *self.heads().values()], rows, notes[1:]
+                ),
                 self._picture(trainer, pl_module, member, "test"),
             ]
             for path in filter(None, written):
@@ -289,19 +240,19 @@ class AttributeReport(Callback):
         self, trainer: Trainer, module: Any, member: Member
     ) -> tuple[dict[str, Scores], list[str]]:
         """Scores by row, and notes of which the first ends the title; the same on all ranks."""
-        images = _set(member, "test")
+        images = self._set(member, "test")
         judge = self._judge(trainer, module, member)
         accuracy, real_probabilities = self._accuracy(trainer, judge, images, module.device)
         reference = self._reference(trainer, module, member, images)
-        space = observed_label_space(_set(member, "train").attributes)
+        space = observed_label_space(self._set(member, "train").attributes)
         source = self._look(trainer, member, judge, images, module, space, None, None)
         seen = self._look(trainer, member, judge, images, module, space, module, reference)
 
         rows = self._rows(member, seen)
-        distances, per_attribute = _distances(reference, len(member.names))
+        together, per_attribute = distances(reference, len(member.names))
         for name, fid in zip(member.names, per_attribute, strict=False):
             rows[name]["fid"] = fid
-        rows[""] |= distances
+        rows[""] |= together
         if per_attribute:
             rows[""]["fid_mean"] = sum(per_attribute) / len(per_attribute)
         rows["source"] = self._rows(member, source)[""]
@@ -314,17 +265,14 @@ class AttributeReport(Callback):
         rows["real"]["inception_score"] = _inception_score(real_probabilities)[0]
         each = ", ".join(f"{name} {accuracy[name]:.1f}" for name in member.names)
         notes = [
-            f"{len(self._places(images))} test images, {len(member.names)} translations of each",
+            f"{len(self.places(images))} test images, {len(member.names)} translations of each",
             f"judge ({self.judge_network}, seed {self.judge_seed}, {self.judge_steps} steps): right on "
             f"{accuracy['']:.1f} % of the real test images ({each})",
             f"inception score over {classes}: {score[0]:.2f} ± {score[1]:.2f}; of the real images "
             f"{rows['real']['inception_score']:.2f}",
         ]
         if reference is not None:
-            notes.append(
-                f"density, coverage (k = {self.nearest_k}) and FID: {self.extractor.description}; values of other "
-                "features or other numbers of images cannot be compared"
-            )
+            notes.append(self.note_on_distances())
         if self.gan_train_steps:
             trained = self._gan_train(trainer, module, member, images)
             rows[""]["gan_train"] = trained.pop("")
@@ -361,8 +309,8 @@ class AttributeReport(Callback):
                 plain = _translated(translator, real, own, member)
                 for image in shown:
                     back = _translated(translator, image, own, member)
-                    found.setdefault("reconstruction", []).append(_difference(back, real))
-                    found.setdefault("label_effect", []).append(_difference(image, plain))
+                    found.setdefault("reconstruction", []).append(difference(back, real))
+                    found.setdefault("label_effect", []).append(difference(image, plain))
             if hasattr(images, "counterparts"):
                 for image, target in zip(shown, targets.unbind(1), strict=True):
                     for name, error in _errors(images, places, image, target).items():
@@ -453,22 +401,16 @@ class AttributeReport(Callback):
         return scores | {"": 100 * float(mean)}, whole["probability"].flatten(0, 1)
 
     def _gan_train(self, trainer: Trainer, module: Any, member: Member, images: Any) -> Scores:
-        translations = _Translations(module, member, _set(member, "train"), self.judge_seed)
+        translations = _Translations(module, member, self._set(member, "train"), self.judge_seed)
         judge = self._fit(
             member, translations, self.gan_train_steps, "GAN-train classifier", module.device
         )
         return self._accuracy(trainer, judge, images, module.device)[0]
 
-    def _cells(self, scores: Scores) -> list[float | None]:
-        cells = {**scores}
-        if "fid" in cells:
-            cells["fid"] *= self.fid_scale
-        return [cells.get(metric) for metric in COLUMNS]
-
     # ------------------------------------------------------------------ judges
     def _judge(self, trainer: Trainer, module: Any, member: Member) -> "_Judge":
         if member.place not in self._judges:
-            real = _set(member, "train")
+            real = self._set(member, "train")
             self._judges[member.place] = self._fit(
                 member, real, self.judge_steps, "attribute classifier", module.device
             )
@@ -477,7 +419,7 @@ class AttributeReport(Callback):
     def _fit(
         self, member: Member, images: Any, steps: int, description: str, device: torch.device
     ) -> "_Judge":
-        real = _set(member, "train")
+        real = self._set(member, "train")
         space = observed_label_space(real.attributes)
         channels, side = real.batch(torch.zeros(1, dtype=torch.long))["image"].shape[1:3]
 
@@ -497,53 +439,31 @@ class AttributeReport(Callback):
                 width=self.judge_width,
             )
 
-        return fit_judge(
-            build,
-            images,
-            steps,
-            self.judge_batch_size,
-            self.judge_lr,
-            self.judge_seed,
-            (description, member.place),
-            device,
-            self.judge_flip,
-            description,
-        )
+        return self.trained(description, build, images, steps, (description, member.place), device)
 
     def _reference(
         self, trainer: Trainer, module: Any, member: Member, images: Any
     ) -> PrecisionRecallDensityCoverage | None:
         if member.place not in self._references:
-            metric = None
-            if len(self._places(images)) > self.nearest_k:
-                metric = PrecisionRecallDensityCoverage(
-                    nearest_k=self.nearest_k,
-                    metrics=("density", "coverage"),
-                    standard_errors=False,
-                    reset_real_features=False,
-                ).to(module.device)
-                for places in self._mine(trainer, images):
-                    features = self.extractor(images.batch(places, module.device)["image"])
-                    metric.update(features, real=True, indices=places)
-            self._references[member.place] = metric
+            batches = (
+                (places, images.batch(places, module.device)["image"])
+                for places in self._mine(trainer, images)
+            )
+            count = len(self.places(images))
+            self._references[member.place] = self.reference(batches, count, module.device)
         return self._references[member.place]
 
-    # ------------------------------------------------------------------ data
-    def _places(self, images: Any) -> Tensor:
-        """The numbers of the images that are judged."""
-        count = len(images) if self.num_images is None else min(self.num_images, len(images))
-        return torch.linspace(0, len(images) - 1, count).long()
-
     def _mine(self, trainer: Trainer, images: Any) -> Iterator[Tensor]:
-        """Those of this process, in batches."""
-        mine = self._places(images)[trainer.global_rank :: trainer.world_size]
-        return iter(mine.split(self.batch_size) if len(mine) else ())
+        return self.mine(images, trainer.global_rank, trainer.world_size)
+
+    def _set(self, member: Member, stage: str) -> Any:
+        return self.images_of(member.data, stage)
 
     # ------------------------------------------------------------------ picture
     @torch.no_grad()
     def _picture(self, trainer: Trainer, module: Any, member: Member, stage: str) -> Any:
-        images = _set(member, stage)
-        places = torch.linspace(0, len(images) - 1, min(self.rows, len(images))).long()
+        images = self._set(member, stage)
+        places = evenly(images, self.pictures)
         batch = images.batch(places, module.device)
         real, own = batch["image"], batch["attributes"]
         targets = member.targets(own).unbind(1)
@@ -637,26 +557,9 @@ def _members(trainer: Trainer) -> list[Member]:
     return [Member(member, place, str(place)) for place, member in enumerate(several)]
 
 
-def _set(member: Member, stage: str) -> Any:
-    """The images of a stage.
-
-    Raises:
-        MisconfigurationException: the DataModule has none, also after its ``setup``.
-    """
-    if getattr(member.data, stage) is None:
-        member.data.setup("test" if stage == "test" else "fit")
-    images = getattr(member.data, stage)
-    if not hasattr(images, "batch"):
-        raise MisconfigurationException(
-            f"AttributeReport: {type(member.data).__name__} has no set {stage!r} with batch(indices)"
-        )
-    return images
-
-
 def _translated(translator: Any, images: Tensor, target: Tensor, member: Member) -> Tensor:
     """Translations as any file would hold them, in 8 bits."""
-    found = translator.translate(images.to(translator.dtype), target, member.place)
-    return found.float().mul(255).round().clamp(0, 255).div(255)
+    return in_8_bits(translator.translate(images.to(translator.dtype), target, member.place))
 
 
 def _decided(logits: Tensor, kind: LabelKind) -> Tensor:
@@ -666,21 +569,16 @@ def _decided(logits: Tensor, kind: LabelKind) -> Tensor:
     return (logits > 0).float()
 
 
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference x100 of each pair of images, float64 [B]."""
-    return 100 * (first.double() - second.double()).abs().flatten(1).mean(1)
-
-
 def _errors(images: Any, places: Tensor, shown: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Mean absolute differences x100 from the truth, float64 [B]; nan for a region without pixels."""
     truth = images.counterparts(places, target).to(shown)
     union = images.object_masks(places) | images.object_masks(places, target)
     # A smooth edge reaches a pixel further than the mask.
     grown = F.max_pool2d(union[:, None].float(), 3, 1, 1).to(shown.device) > 0
-    difference = (shown.double() - truth.double()).abs().mean(1, keepdim=True)
+    differences = (shown.double() - truth.double()).abs().mean(1, keepdim=True)
     regions = {"error_object": grown, "error_rest": ~grown}
     return {
-        name: 100 * (difference * region).flatten(1).sum(1) / region.flatten(1).sum(1)
+        name: 100 * (differences * region).flatten(1).sum(1) / region.flatten(1).sum(1)
         for name, region in regions.items()
     }
 
@@ -699,30 +597,3 @@ def _inception_score(probabilities: Tensor) -> tuple[float, float]:
     parts = min(10, max(1, len(probabilities) // FEWEST_IN_PART))
     mean, std = inception_score_from_probs(probabilities, parts)
     return float(mean), float(std)
-
-
-def _distances(
-    reference: PrecisionRecallDensityCoverage | None, translations: int
-) -> tuple[Scores, list[float]]:
-    """Density and coverage in percent and Frechet distances of what the metric has seen, which it forgets.
-
-    Args:
-        reference: has seen all translations, numbered image by image.
-        translations: of each image.
-
-    Returns:
-        Scores of all translations, and the Frechet distance of those towards each attribute.
-    """
-    if reference is None:
-        return {}, []
-    values = reference.compute()
-    assert reference.features is not None
-    real, fake = reference.features
-    scores = {name: 100 * float(values[name]) for name in ("density", "coverage")}
-    scores["fid"] = float(frechet_distance_of_features(real, fake))
-    each = [
-        float(frechet_distance_of_features(real, fake[k::translations]))
-        for k in range(translations)
-    ]
-    reference.reset()
-    return scores, each

@@ -14,11 +14,15 @@ from torchvision.io import ImageReadMode, decode_image
 from callbacks.dissection_page import dissection_page, picture_uri
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
 from callbacks.report import require
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.dissection.bounds import LARGEST_LENGTH
 
 DIMMED = 0.35
 OUTLINE = (1.0, 0.85, 0.1)
 LARGEST_PICTURE = 112
+# Of the picture of the clearest units; a longer formula leaves no room for images.
+CLEAREST = 6
+LONGEST_TITLE = 40
 BATCH = 64
 
 COLUMNS = (
@@ -46,15 +50,15 @@ class DissectionReport(Callback):
     """Writes what every unit says.
 
     Works with :class:`Dissection`. Writes ``units.json`` (everything), ``tables/units.csv`` (also a table of wandb),
-    ``dissection.html``, which needs no other file, and pictures of IoU over length and of the edits.
+    ``dissection.html``, which needs no other file, and pictures of the units with the largest IoU, of IoU over length
+    and of the edits.
 
     Args:
         pictures: images of a unit in the page: bright where it fires, outlined where its formula is true; 0 for none.
     """
 
     def __init__(self, pictures: int = 6) -> None:
-        if pictures < 0:
-            raise ValueError(f"pictures is a number of images, not {pictures}")
+        demand_at_least(0, pictures=pictures)
         self.pictures = pictures
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,21 +84,24 @@ class DissectionReport(Callback):
         table = log_table(trainer, "units", columns, rows)
         curve = self._curve(trainer, module)
         edits = self._edits(trainer, module)
+        tiles = self._tiles(trainer, module)
+        clearest = self._clearest(trainer, module, tiles)
         page = directory / "dissection.html"
         page.write_text(
             dissection_page(
                 f"{self._name(module)}, layer {module.hp.layer}",
                 self._facts(trainer, module),
                 module.units,
-                self._pictures(trainer, module),
+                {unit: picture_uri(torch.cat(list(images), 2)) for unit, images in tiles.items()},
                 None if curve is None else picture_uri(_read(curve)),
                 [(picture_uri(_read(path)), caption) for path, caption in edits],
             ),
             encoding="utf-8",
         )
         self._print(trainer, module)
-        for file in (page, units, table, curve, *(path for path, _ in edits)):
-            print(f"wrote {file}")
+        for file in (page, units, table, curve, clearest, *(path for path, _ in edits)):
+            if file is not None:
+                print(f"wrote {file}")
 
     def _name(self, module: Any) -> str:
         return type(module.network).__name__
@@ -177,8 +184,17 @@ class DissectionReport(Callback):
             written.append((path, edit_caption(module, edit)))
         return written
 
-    def _pictures(self, trainer: Trainer, module: Any) -> dict[int, str]:
-        """Strips of each unit's strongest images; every image is classified once."""
+    def _clearest(self, trainer: Trainer, module: Any, tiles: dict[int, Tensor]) -> Path | None:
+        """The units whose formula fits best, with their images; None without images."""
+        shown = [r for r in module.units if r["unit"] in tiles and len(r["text"]) <= LONGEST_TITLE]
+        shown = sorted(shown, key=lambda record: -record["iou"])[:CLEAREST]
+        if not shown:
+            return None
+        rows = {f"unit {r['unit']}: {r['text']}  {r['iou']:.2f}": tiles[r["unit"]] for r in shown}
+        return log_images(trainer, "dissection/units", labelled_grid(rows, self.pictures))
+
+    def _tiles(self, trainer: Trainer, module: Any) -> dict[int, Tensor]:
+        """Each unit's strongest images [N, 3, H, W]; every image is classified once."""
         wanted = {r["unit"]: r["top_images"][: self.pictures] for r in module.units}
         places = sorted({place for chosen in wanted.values() for place in chosen})
         probing = trainer.datamodule.probing  # type: ignore[attr-defined]
@@ -195,7 +211,7 @@ class DissectionReport(Callback):
                     true = _where(formula, batch["layers"][i])
                     tiles[unit, place] = overlay(batch["image"][i], fires[row, i], true)
         return {
-            unit: picture_uri(torch.cat([tiles[unit, place] for place in chosen], 2))
+            unit: torch.stack([tiles[unit, place] for place in chosen])
             for unit, chosen in wanted.items()
             if chosen
         }

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.media import batch_count, labelled_grid, log_images
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import global_seed, mix
 
 
@@ -23,18 +24,16 @@ class ImageGrid(Callback):
 
     Args:
         every_n_epochs: epochs from one picture to the next.
-        columns: number of samples.
+        pictures: samples drawn, side by side.
 
     Raises:
         ValueError: if an argument is below 1.
     """
 
-    def __init__(self, every_n_epochs: int = 1, columns: int = 8) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("columns", columns)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+    def __init__(self, every_n_epochs: int = 1, pictures: int = 8) -> None:
+        demand_at_least(1, every_n_epochs=every_n_epochs, pictures=pictures)
         self.every_n_epochs = every_n_epochs
-        self.columns = columns
+        self.pictures = pictures
         self._batch: Any = None
         self._from_training = False
 
@@ -60,14 +59,14 @@ class ImageGrid(Callback):
     ) -> None:
         """Keeps the first samples of the first validation batch."""
         if self._batch is None and batch_idx == 0 and dataloader_idx == 0:
-            self._batch = _first(batch, self.columns)
+            self._batch = _first(batch, self.pictures)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the first training samples when there is no validation."""
         if self._batch is None and not trainer.enable_validation:
-            self._batch = _first(batch, self.columns)
+            self._batch = _first(batch, self.pictures)
             self._from_training = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +79,7 @@ class ImageGrid(Callback):
             return
         rows = _draw(pl_module, _to(self._batch, pl_module.device))
         if trainer.is_global_zero:
-            picture = labelled_grid(rows, self.columns)
+            picture = labelled_grid(rows, self.pictures)
             log_images(trainer, "grid", picture, batch_count(trainer))
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torchvision.transforms.functional import resize
 from torchvision.utils import draw_bounding_boxes, save_image
 
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
-from callbacks.report import require, write_table
+from callbacks.report import evenly, require, write_table
+from lightning_modules.arguments import demand_at_least
+from lightning_modules.files import file_name
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.statistics import gather_over_ranks
 
@@ -76,7 +78,7 @@ def _with_boxes(images: Tensor, boxes: Tensor | None, truth: Sequence[Tensor] | 
 class LocalizationReport(Callback):
     """Prints and stores the localization table of a test, draws the threshold sweep and a sheet of heat maps.
 
-    Works with any module that offers ``rows`` (row to title), ``row_thresholds``, ``curves`` (row to accuracy in
+    Works with any module that offers ``row_titles`` (row to title), ``row_thresholds``, ``curves`` (row to accuracy in
     percent at every threshold), ``localization_maps(images, labels)`` and ``boxes(maps, size, row)``, and a DataModule
     whose ``test`` has ``batch(indices)`` with ``boxes``.
 
@@ -85,8 +87,7 @@ class LocalizationReport(Callback):
     """
 
     def __init__(self, pictures: int = 12) -> None:
-        if pictures < 0:
-            raise ValueError(f"pictures is a number of images, not {pictures}")
+        demand_at_least(0, pictures=pictures)
         self.pictures = pictures
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -95,7 +96,9 @@ class LocalizationReport(Callback):
         Raises:
             MisconfigurationException: if the module localizes nothing.
         """
-        require(self, pl_module, "rows", "row_thresholds", "curves", "localization_maps", "boxes")
+        require(
+            self, pl_module, "row_titles", "row_thresholds", "curves", "localization_maps", "boxes"
+        )
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``localization_table.txt`` and the pictures, prints the table and where things are."""
@@ -104,7 +107,7 @@ class LocalizationReport(Callback):
             return
         values = {key: float(value) for key, value in trainer.callback_metrics.items()}
         rows = []
-        for row, title in module.rows.items():
+        for row, title in module.row_titles.items():
             cells: list[Any] = [values.get(f"test/{row}/{name}") for name in COLUMNS]
             cells[0] = None if cells[0] is None else 100 * cells[0]
             rows.append([title, *cells])
@@ -127,7 +130,7 @@ class LocalizationReport(Callback):
         count = len(next(iter(module.curves.values())))
         steps = torch.arange(count) / count
         for row, curve in module.curves.items():
-            (line,) = axis.plot(steps, curve, label=module.rows[row])
+            (line,) = axis.plot(steps, curve, label=module.row_titles[row])
             threshold = module.row_thresholds[row]
             if threshold is not None:
                 axis.axvline(threshold, color=line.get_color(), lw=0.7, ls=":")
@@ -150,7 +153,7 @@ class LocalizationReport(Callback):
         test = getattr(data, "test", None)
         if not self.pictures or test is None:
             return None
-        chosen = torch.linspace(0, len(test) - 1, min(self.pictures, len(test))).long()
+        chosen = evenly(test, self.pictures)
         batch = test.batch(chosen, module.device, module.dtype)
         images, labels = batch["image"], batch["label"]
         truth = None
@@ -159,7 +162,7 @@ class LocalizationReport(Callback):
         rows = {"image": _with_boxes(images.cpu().float().expand(-1, 3, -1, -1), None, truth)}
         for row, maps in module.localization_maps(images, labels).items():
             boxes = module.boxes(maps, images.shape[-2:], row)
-            rows[module.rows[row]] = overlay(images, maps, boxes, truth)
+            rows[module.row_titles[row]] = overlay(images, maps, boxes, truth)
         titles = [module.class_names[k] for k in labels.tolist()]
         picture = labelled_grid(rows, self.pictures, titles)
         return log_images(trainer, "localization/sheet", picture)
@@ -178,9 +181,8 @@ class LocalizationOverlays(Callback):
     """
 
     def __init__(self, pictures: int = 500, largest: int = 640) -> None:
-        for name, value, least in (("pictures", pictures, 0), ("largest", largest, 16)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        demand_at_least(0, pictures=pictures)
+        demand_at_least(16, largest=largest)
         self.pictures = pictures
         self.largest = largest
         self._found: dict[int, dict[str, Any]] = {}
@@ -238,7 +240,8 @@ class LocalizationOverlays(Callback):
                 box = box * factor
             drawn = overlay(image[None], maps[place : place + 1], box.round().long()[None])
             name = Path(paths[row]).stem
-            save_image(drawn[0], folder / f"{indices[row]:06d}{'-' if name else ''}{name}.png")
+            name = file_name(f"{indices[row]:06d}{'-' if name else ''}{name}")
+            save_image(drawn[0], folder / f"{name}.png")
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the boxes and writes them."""

@@ -16,6 +16,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+from lightning_modules.files import file_name
+
 GAP = 2
 FONT_SIZE = 14
 SMALLEST_CELL = 48
@@ -34,7 +36,7 @@ def batch_count(trainer: Trainer) -> int:
 def log_images(
     trainer: Trainer, key: str, grid: Tensor | str | Path, step: int | None = None
 ) -> Path | None:
-    """Writes a picture to ``images/`` in the run directory and sends it to the loggers, on rank 0.
+    """Writes a picture to ``images/`` in the run directory and sends it to the loggers as ``images/KEY``, on rank 0.
 
     Args:
         trainer: names the run directory, the epoch and the loggers.
@@ -54,7 +56,7 @@ def log_images(
         path = Path(grid)
     step = batch_count(trainer) if step is None else step
     for logger in trainer.loggers:
-        _log_picture(logger, key, path, step)
+        _log_picture(logger, f"images/{key}", path, step)
     return path
 
 
@@ -73,8 +75,17 @@ def log_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     step: int | None = None,
+    part: str = "",
 ) -> Path | None:
     """Writes a table to ``tables/`` in the run directory and sends it to the loggers that take tables, on rank 0.
+
+    Args:
+        trainer: names the run directory and the loggers.
+        key: name of the table, e.g. ``open_set/table``; the file is ``open_set-table.csv``.
+        columns: their names.
+        rows: a value for each column.
+        step: position on the batch axis; the current batch count by default.
+        part: of a table that comes in parts: ends the name of the file, while loggers get all parts under one key.
 
     Returns:
         The path of the CSV file, None on ranks other than 0.
@@ -89,16 +100,33 @@ def log_table(
             )
     if not trainer.is_global_zero:
         return None
-    path = run_directory(trainer) / "tables" / f"{key.replace('/', '-')}.csv"
+    name = file_name("-".join([*key.split("/"), *([part] if part else [])]))
+    path = run_directory(trainer) / "tables" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *rows])
+    send_table(trainer, key, columns, rows, step)
+    return path
+
+
+def send_table(
+    trainer: Trainer,
+    key: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    step: int | None = None,
+) -> None:
+    """Sends a table to the loggers that take tables, as ``tables/KEY``: a picture may have the same key."""
     step = batch_count(trainer) if step is None else step
     for logger in trainer.loggers:
         send = getattr(logger, "log_table", None)
         if send is not None:
-            send(key=key, columns=list(columns), data=[list(row) for row in rows], step=step)
-    return path
+            send(
+                key=f"tables/{key}",
+                columns=list(columns),
+                data=[list(row) for row in rows],
+                step=step,
+            )
 
 
 def labelled_grid(
@@ -192,7 +220,7 @@ def _width(font: Any, text: str) -> float:
 
 
 def _image_path(trainer: Trainer, key: str) -> Path:
-    name = f"{key.replace('/', '-')}-{trainer.current_epoch}.png"
+    name = file_name(f"{key.replace('/', '-')}-{trainer.current_epoch}") + ".png"
     path = run_directory(trainer) / "images" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -202,6 +230,6 @@ def _log_picture(logger: Logger, key: str, path: Path, step: int) -> None:
     send = getattr(logger, "log_image", None)
     if send is not None:
         # A path, not a tensor: wandb would stretch the contrast of a tensor.
-        send(key=key, images=[str(path)], step=step)
+        send(key=key, images=[str(path)], step=step, caption=[path.name])
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(key, decode_image(str(path), ImageReadMode.RGB), step)

@@ -23,8 +23,8 @@ COLUMNS = {
 class OpenSetEvaluationCallback(Callback):
     """Prints and stores the table of a test, and draws what is behind it.
 
-    Works with any module that offers ``ready_rows`` (row names), ``row_titles`` (row to description) and
-    ``test_metrics`` (row to :class:`OpenSetMetrics`).
+    Works with any :class:`TableRows` that offers ``test_metrics`` (row to :class:`OpenSetMetrics`) and has the
+    hyper-parameter ``acceptance``.
 
     Args:
         histograms: rows whose score histograms are drawn.
@@ -39,7 +39,7 @@ class OpenSetEvaluationCallback(Callback):
         Raises:
             MisconfigurationException: if the module has no open-set rows.
         """
-        require(self, pl_module, "ready_rows")
+        require(self, pl_module, "ready_rows", "row_titles", "row_thresholds", "test_metrics")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes ``open_set_table.txt`` and the figures, prints the table and where things are."""
@@ -79,7 +79,7 @@ class OpenSetEvaluationCallback(Callback):
         for row in self.histograms:
             if row in gathered:
                 scores, labels, _ = gathered[row]
-                threshold = float(module.thresholds[module.rows.index(row)])
+                threshold = module.row_thresholds[row]
                 drawn.append(Histogram(module.row_titles[row], scores, labels < 0, threshold))
         share = round(100 * module.hp.acceptance)
         return score_histograms(

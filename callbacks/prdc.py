@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
+from callbacks.report import due
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.generated import generated_batches, generated_count
 from lightning_modules.metrics.features import feature_extractor
 from lightning_modules.metrics.prdc import (
@@ -30,8 +32,7 @@ class PRDCReport(Callback):
     """
 
     def __init__(self, pictures: int = 16) -> None:
-        if pictures < 0:
-            raise ValueError(f"pictures is a number of images, not {pictures}")
+        demand_at_least(0, pictures=pictures)
         self.pictures = pictures
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -230,8 +231,7 @@ class GenerativeMetrics(Callback):
     ) -> None:
         if num_images <= nearest_k:
             raise ValueError(f"num_images={num_images} must exceed nearest_k={nearest_k}")
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1")
+        demand_at_least(1, every_n_epochs=every_n_epochs)
         self.kinds = kinds
         self.references = ["test"] if references is None else references
         self.extractor = feature_extractor(features, weights_path)
@@ -263,9 +263,7 @@ class GenerativeMetrics(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every ``every_n_epochs`` epochs of a training."""
-        if self.every_n_epochs is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if due(trainer, self.every_n_epochs):
             self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

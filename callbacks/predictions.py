@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from callbacks.media import run_directory
+from callbacks.media import run_directory, send_table
 from lightning_modules.nn.statistics import gather_over_ranks
 
 Row = dict[str, Any]
+LOGGED_ROWS = 10_000
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -26,7 +27,8 @@ class PredictionWriter(BasePredictionWriter):
     numbers. The column ``index`` is taken from the batch where the module does not return it, and so is ``path``, the
     file an image came from, where the batch has it. ``image`` is no column: it is :class:`PictureWriter`'s.
 
-    The rows of all ranks are gathered and each index is written once. Rank 0 prints where the table lies and, if there
+    The rows of all ranks are gathered and each index is written once; loggers that take tables get the first ten
+    thousand as ``predictions``. Rank 0 prints where the table lies and, if there
     is a column ``decision``, how often each decision was taken.
 
     Args:
@@ -90,6 +92,9 @@ class PredictionWriter(BasePredictionWriter):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(beside, path)
+        if rows:
+            shown = [list(row.values()) for row in rows[:LOGGED_ROWS]]
+            send_table(trainer, "predictions", list(rows[0]), shown)
         summary = f"{len(rows)} predictions in {path}"
         if rows and "decision" in rows[0]:
             counts = Counter(str(row["decision"]) for row in rows)

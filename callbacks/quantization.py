@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from callbacks.media import run_directory
 from callbacks.report import require, write_table
+from lightning_modules.files import file_name
 from lightning_modules.zaq.deploy import deploy
 from lightning_modules.zaq.export import (
     demand_integer_kernels,
@@ -23,7 +24,8 @@ class QuantizationReport(Callback):
 
     Works with any module that offers ``ready_rows`` (row names), ``row_titles`` (row to description),
     ``column_names`` (widths) and ``score_name`` (``accuracy``, for instance), and logs ``test/ROW/WIDTH`` in [0, 1]. A
-    module may offer ``table_notes``, lines below the table.
+    module may offer ``table_notes``, lines below the table, and ``allocated_bits``, of mixed precision: bits by layer,
+    by width.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -35,7 +37,7 @@ class QuantizationReport(Callback):
         require(self, pl_module, "ready_rows", "row_titles", "column_names", "score_name")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes ``quantization_table.txt`` and its CSV, prints the table and where it is."""
+        """Writes and prints ``quantization_table.txt``, and ``bits_table.txt`` where layers have bits of their own."""
         if not trainer.is_global_zero:
             return
         module: Any = pl_module
@@ -53,6 +55,12 @@ class QuantizationReport(Callback):
         notes += getattr(module, "table_notes", ())
         columns = ["method", *module.column_names]
         print(f"wrote {write_table(trainer, 'quantization', title, columns, rows, notes)}")
+        bits: dict[str, dict[str, int]] = getattr(module, "allocated_bits", {})
+        if bits:
+            layers = dict.fromkeys(layer for of_width in bits.values() for layer in of_width)
+            rows = [[layer, *(bits[width].get(layer) for width in bits)] for layer in layers]
+            title = "Bits of the weights in mixed precision"
+            print(f"wrote {write_table(trainer, 'bits', title, ['layer', *bits], rows)}")
 
 
 class IntegerExport(Callback):
@@ -154,7 +162,7 @@ class IntegerExport(Callback):
         rows, wrong = [], []
         for name, network in networks.items():
             network = network.float()
-            path = export_onnx(network, run_directory(trainer) / f"{name}.onnx", sample)
+            path = export_onnx(network, run_directory(trainer) / f"{file_name(name)}.onnx", sample)
             parity = verify_onnx(path, network, _inputs(module, test_set), module.class_axis)
             least = 0 if name == "float" else self.min_integer_kernels
             kernels = demand_integer_kernels(path, least)

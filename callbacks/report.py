@@ -1,4 +1,4 @@
-"""What the reports of a test share: the table of its rows and the histograms of their scores."""
+"""What the reports of a test share: checks, the table of its rows, the histograms of their scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from numpy.typing import NDArray
+from torch import Tensor
 
 from callbacks.media import log_table, run_directory, save_figure
+from lightning_modules.files import file_name
 
 
 class Histogram(NamedTuple):
@@ -22,18 +25,32 @@ class Histogram(NamedTuple):
     threshold: float | None
 
 
-def require(callback: Callback, module: LightningModule, *names: str) -> None:
-    """Checks that a module offers what a callback works with.
+def require(callback: Callback, offering: Any, *names: str) -> None:
+    """Checks that a module or a DataModule offers what a callback works with.
 
     Raises:
         MisconfigurationException: if it does not.
     """
-    missing = [name for name in names if not hasattr(module, name)]
+    missing = [name for name in names if not hasattr(offering, name)]
     if missing:
+        kind = "module" if isinstance(offering, LightningModule) else "DataModule"
         raise MisconfigurationException(
-            f"{type(callback).__name__} needs a module with {', '.join(names)}, {type(module).__name__} has no "
+            f"{type(callback).__name__} needs a {kind} with {', '.join(names)}, {type(offering).__name__} has no "
             f"{', '.join(missing)}; remove the callback"
         )
+
+
+def due(trainer: Trainer, every_n_epochs: int | None) -> bool:
+    """Whether a validation is one of those after which something is done, every so many epochs of a training."""
+    if every_n_epochs is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        return False
+    return (trainer.current_epoch + 1) % every_n_epochs == 0
+
+
+def evenly(images: Any, count: int | None) -> Tensor:
+    """Numbers of ``count`` images of a set at equal distances, of all where there are no more or it is None."""
+    count = len(images) if count is None else min(count, len(images))
+    return torch.linspace(0, len(images) - 1, count).long()
 
 
 def write_table(
@@ -67,7 +84,7 @@ def write_table(
     for name, *values in rows:
         lines.append(line(name, ["-" if value is None else f"{value:.1f}" for value in values]))
     text = "\n".join([*lines, *notes])
-    path = run_directory(trainer) / f"{key}_table.txt"
+    path = run_directory(trainer) / f"{file_name(key)}_table.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
     log_table(trainer, f"{key}/table", columns, rows)

@@ -1,5 +1,6 @@
 """One directory per run: how it is named, and what is recorded in it."""
 
+import errno
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.checkpoint import is_debug_run, load_checkpoint
+from lightning_modules.files import demand_file_name, file_name, free_space, whole_file
 from lightning_modules.randomness import global_seed
 
 # Processes that Lightning launches inherit the directory that the first one chose.
@@ -32,9 +34,9 @@ class RunOptions:
 
     Args:
         root: folder of all runs.
-        experiment: what is run, PAPER-DATASET by convention.
-        name: of this run; an existing one is refused. None takes the job id of a cluster job, else
-            the next free number.
+        experiment: what is run, PAPER-DATASET by convention; a plain name, no folders.
+        name: of this run, plain too; an existing one is refused. None takes the id that the agent of a wandb sweep
+            gave, or that of a cluster job (ARRAY_TASK for a task of a job array), else the next free number.
         resume: continue the run ``name`` from its last checkpoint; start it where there is none.
         test: after ``fit``, run the test protocol.
     """
@@ -63,18 +65,19 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
         command: fit, validate, test or predict; the last three get a numbered directory of their own.
 
     Raises:
-        ValueError: if the name is taken, or several processes have no common name.
+        ValueError: if the name is taken or no plain name, several processes have no common name, or a link leads out
+            of the directory.
         PermissionError: if the directory cannot be written.
     """
     inherited = chosen_directory()
     if inherited is not None:
         return inherited
-    experiment = Path(options.root) / options.experiment
-    job = next((os.environ[key] for key in _JOB_IDS if os.environ.get(key, "none") != "none"), None)
+    experiment = Path(options.root) / demand_file_name(options.experiment, "--run.experiment")
+    job = _job_name()
     processes = max(
         int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
     )
-    name = options.name or (job and f"job-{job}")
+    name = job if options.name is None else demand_file_name(options.name, "--run.name")
     if name is None and (processes > 1 or options.resume):
         raise ValueError(
             f"{'resuming' if options.resume else f'a run of {processes} processes'} needs a name: give --run.name NAME"
@@ -89,6 +92,7 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
             raise ValueError(
                 f"run {directory} exists; choose another --run.name, or continue it with --run.resume true"
             )
+        _refuse_links(Path(options.root), directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             probe = directory / ".writable"
@@ -101,6 +105,29 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     if processes == 1:
         os.environ[_CHOSEN] = str(directory)
     return directory
+
+
+def _refuse_links(root: Path, directory: Path) -> None:
+    """What a run writes stays in its directory: that may not be a link to elsewhere, nor what is in it."""
+    inside = directory.iterdir() if directory.is_dir() else []
+    for path, home in [(directory, root), *((entry, directory) for entry in inside)]:
+        if not path.resolve().is_relative_to(home.resolve()):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside {home}; remove it, or give --run.root the folder "
+                "in which the runs shall be"
+            )
+
+
+def _job_name() -> str | None:
+    """What an agent or a scheduler calls this run, the same in all of its processes and when it starts it again."""
+    found = os.environ
+    if found.get("WANDB_SWEEP_ID") and found.get("WANDB_RUN_ID"):
+        # One of several runs of the job in which the agent is.
+        return file_name(f"wandb-{found['WANDB_RUN_ID']}")
+    if "SLURM_ARRAY_JOB_ID" in found:
+        return f"job-{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
+    job = next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
+    return job and file_name(f"job-{job}")
 
 
 def _next_number(experiment: Path, prefix: str) -> str:
@@ -149,7 +176,7 @@ class RunRecorder(Callback):
         if not self.config or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": yaml.safe_load(self.config)})
+            logger.log_hyperparams({"config": yaml.safe_load(self.config), **provenance()})
         directory = Path(trainer.default_root_dir)
         paths = [directory / "config.yaml"]
         paths += [directory / f"config-resumed-{i}.yaml" for i in range(1, 1000)]
@@ -196,15 +223,17 @@ class RunRecorder(Callback):
             "epochs": trainer.current_epoch,
             "processes": trainer.world_size,
             "wall_time_s": round(self.wall_time + time.monotonic() - self._started, 1),
-            "git_revision": git_revision(),
-            "versions": versions(),
-            "hardware": hardware(),
+            **provenance(),
         }
         path = Path(trainer.default_root_dir) / "results.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        partial.replace(path)
+        with whole_file(path) as file:
+            file.write((json.dumps(results, indent=2) + "\n").encode())
         rank_zero_info(f"wrote {path}")
+
+
+def provenance() -> dict[str, Any]:
+    """What made the numbers, beside the configuration."""
+    return {"git_revision": git_revision(), "versions": versions(), "hardware": hardware()}
 
 
 def git_revision() -> str | None:
@@ -278,6 +307,10 @@ def with_checkpoint_config(arguments: list[str]) -> list[str]:
 
 def readable_message(error: BaseException) -> str:
     """The message of our own code where an error was wrapped, else the parser's without its talk of types."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # Only a checkpoint and rows of metrics.csv can be made up for later; another file would be missing.
+        directory = chosen_directory() or Path()
+        return f"{error} ({free_space(directory)}); free some space, then continue with --run.resume true"
     cause: BaseException | None = error
     while cause is not None:
         frames = traceback.extract_tb(cause.__traceback__)
@@ -297,12 +330,18 @@ def readable_message(error: BaseException) -> str:
     return " ".join(line for line in lines if not line.startswith(noise))
 
 
-def keep_traceback() -> None:
-    """Where a run directory exists, the traceback goes there, out of the way of the message."""
-    directory = chosen_directory()
+def keep_traceback(directory: Path | None = None) -> None:
+    """Where a run directory exists, the traceback goes there, out of the way of the message.
+
+    Args:
+        directory: of a run of several processes, each of which has a file of its own.
+    """
+    rank = 0 if directory is None else getattr(rank_zero_only, "rank", 0)
+    directory = directory or chosen_directory()
     if directory is None or not directory.is_dir():
         return
-    path = directory / "error.log"
+    path = directory / (f"error-rank-{rank}.log" if rank else "error.log")
     with path.open("a") as file:
         traceback.print_exc(file=file)
-    print(f"(traceback in {path})", file=sys.stderr)
+    if not rank:
+        print(f"(traceback in {path})", file=sys.stderr)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from callbacks.media import log_table, save_figure
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.metrics.anomaly import anomaly_metrics
 
 COLUMNS = ["epoch", "phase_one", "ognet"]
@@ -37,9 +38,7 @@ class AnomalyStabilityProbe(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 1, batch_size: int = 256) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(1, every_n_epochs=every_n_epochs, batch_size=batch_size)
         self.every_n_epochs = every_n_epochs
         self.batch_size = batch_size
         self.rows: list[list[float]] = []

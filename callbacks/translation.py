@@ -5,21 +5,26 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
 
+from callbacks.judging import (
+    JudgedTranslations,
+    Scores,
+    difference,
+    distances,
+)
 from callbacks.media import labelled_grid, log_images
-from callbacks.report import require, write_table
+from callbacks.report import due, evenly, require, write_table
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.cyclegan.module import Direction
-from lightning_modules.metrics.features import feature_extractor
-from lightning_modules.metrics.frechet import frechet_distance_of_features
 from lightning_modules.metrics.prdc import PrecisionRecallDensityCoverage
 from lightning_modules.metrics.segmentation import confusion_matrix, scores_of_confusion
+from lightning_modules.nn.pixels import in_8_bits
 from lightning_modules.nn.statistics import gather_over_ranks
-from lightning_modules.supervised import Classifier, Segmenter, fit_judge
+from lightning_modules.supervised import Classifier, Segmenter
 
 COLUMNS = {
     "taken_for_target": "as target %",
@@ -32,13 +37,8 @@ COLUMNS = {
 }
 """Metrics, as they are logged, and the heads of their columns."""
 
-SMALL_DISTANCES = ("pixels", "random_vgg16")
-"""Embeddings in which Frechet distances are below 1; the table has them x100."""
-
 SETS = ("train_a", "train_b", "test_a", "test_b")
 SIDES = ("a", "b")
-
-Scores = dict[str, float]
 
 
 class Judges(NamedTuple):
@@ -51,7 +51,7 @@ class Judges(NamedTuple):
     """Has the features of real images of the domain; None if there are too few."""
 
 
-class TranslationReport(Callback):
+class TranslationReport(JudgedTranslations):
     """What translations are worth, in a table, with a picture: after a test, and during the training on demand.
 
     Works with any module that offers ``translate(images, direction)``, from [B, C, H, W] to [B, C', H, W] in [0, 1],
@@ -75,66 +75,31 @@ class TranslationReport(Callback):
     those of the other rows as ``.../DIRECTION/source/METRIC``, ``real`` and the name of a module. The images are shared
     among the processes.
 
-    The judges are trained once in a run, with random numbers of their own: runs on the same data have equal judges,
-    whatever their seeds and modules.
-
     Args:
         directions: ``AtoB``, ``BtoA`` or both.
         against: checkpoints of other translating modules, for rows of their own.
         segmenter: checkpoint of a :class:`Segmenter` to be used instead of training one.
-        judge_steps: batches that the domain classifier is trained with.
         segmenter_steps: batches that a segmenter is trained with.
-        judge_batch_size: images of such a batch.
-        judge_lr: learning rate of the judges.
-        judge_width: of their networks.
-        judge_seed: of all that is random in them; not the run's seed.
-        judge_flip: mirror their training images with probability 1/2.
-        features: embedding, see :func:`feature_extractor`; values in different ones cannot be compared.
-        weights_path: weights file of a pretrained embedding.
-        nearest_k: k of density and coverage.
-        num_images: at most so many test images of each domain, evenly spaced; null for all.
-        batch_size: images translated at once.
-        pictures: columns of the picture.
-        every_n_epochs: also after every so many epochs' validation, on ``val_a`` and ``val_b`` if the data have these,
-            else on the test images; null for the test only.
+        **judging: arguments of :class:`JudgedTranslations`; every ``every_n_epochs`` epochs it judges ``val_a`` and
+            ``val_b`` if the data have these, else the test images.
 
     Raises:
         ValueError: for an impossible argument.
+        FileNotFoundError: weights are missing.
     """
+
+    columns = COLUMNS
 
     def __init__(
         self,
         directions: Sequence[Direction] = ("AtoB",),
         against: list[str] | None = None,
         segmenter: str | None = None,
-        judge_steps: int = 300,
         segmenter_steps: int = 600,
-        judge_batch_size: int = 16,
-        judge_lr: float = 3e-3,
-        judge_width: int = 16,
-        judge_seed: int = 0,
-        judge_flip: bool = False,
-        features: str = "random_vgg16",
-        weights_path: str | None = None,
-        nearest_k: int = 5,
-        num_images: int | None = None,
-        batch_size: int = 16,
-        pictures: int = 8,
-        every_n_epochs: int | None = None,
+        **judging: Any,
     ) -> None:
-        for name, value in (
-            ("judge_steps", judge_steps),
-            ("segmenter_steps", segmenter_steps),
-            ("judge_batch_size", judge_batch_size),
-            ("judge_width", judge_width),
-            ("nearest_k", nearest_k),
-            ("num_images", num_images),
-            ("batch_size", batch_size),
-            ("pictures", pictures),
-            ("every_n_epochs", every_n_epochs),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        super().__init__(**judging)
+        demand_at_least(1, segmenter_steps=segmenter_steps)
         for direction in directions:
             if direction not in get_args(Direction):
                 raise ValueError(
@@ -143,20 +108,7 @@ class TranslationReport(Callback):
         self.directions = list(directions)
         self.against = list(against or [])
         self.segmenter = segmenter
-        self.judge_steps = judge_steps
         self.segmenter_steps = segmenter_steps
-        self.judge_batch_size = judge_batch_size
-        self.judge_lr = judge_lr
-        self.judge_width = judge_width
-        self.judge_seed = judge_seed
-        self.judge_flip = judge_flip
-        self.extractor = feature_extractor(features, weights_path)
-        self.fid_scale = 100 if features in SMALL_DISTANCES else 1
-        self.nearest_k = nearest_k
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.pictures = pictures
-        self.every_n_epochs = every_n_epochs
         self._others: dict[str, Any] = {}
         self._judges: dict[str, Any] = {}
         self._references: dict[str, PrecisionRecallDensityCoverage | None] = {}
@@ -173,13 +125,7 @@ class TranslationReport(Callback):
             RuntimeError: a checkpoint is of something else.
         """
         require(self, pl_module, "translate")
-        data = getattr(trainer, "datamodule", None)
-        missing = [name for name in SETS if not hasattr(data, name)]
-        if missing:
-            raise MisconfigurationException(
-                f"TranslationReport needs a DataModule with {', '.join(SETS)}, {type(data).__name__} has no "
-                f"{', '.join(missing)}; remove the callback"
-            )
+        require(self, getattr(trainer, "datamodule", None), *SETS)
         option = "--trainer.callbacks.against"
         if not self._others:
             taken = [type(pl_module).__name__]
@@ -195,9 +141,7 @@ class TranslationReport(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every ``every_n_epochs`` epochs of a training."""
-        if self.every_n_epochs is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if due(trainer, self.every_n_epochs):
             self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,7 +159,7 @@ class TranslationReport(Callback):
                     trainer,
                     f"translation_{direction}",
                     f"Translation of {source} into {target}, {self._notes[direction][0]}",
-                    ["images", *self._heads().values()],
+                    ["images", *self.heads().values()],
                     rows,
                     self._notes[direction][1:],
                 ),
@@ -256,7 +200,7 @@ class TranslationReport(Callback):
             titles = {"source": "source as it is", "": f"translated ({type(module).__name__})"}
             titles |= {name: f"translated ({name})" for name in others} | {"real": "real target"}
             self._rows[direction] = [
-                [title, *self._cells(found[name])] for name, title in titles.items()
+                [title, *self.cells(found[name])] for name, title in titles.items()
             ]
             self._notes[direction] = self._describe(found, judges, images, real)
 
@@ -275,19 +219,18 @@ class TranslationReport(Callback):
         back: Direction = "BtoA" if direction == "AtoB" else "AtoB"
         confusion = torch.zeros((), dtype=torch.long)
         columns: dict[str, dict[int, float]] = {"taken_for_target": {}}
-        mine = self._places(images)[trainer.global_rank :: trainer.world_size]
-        for part in mine.split(self.batch_size):
+        for part in self.mine(images, trainer.global_rank, trainer.world_size):
             for places, batch in _equal_sizes(part, images.batch(part, device)):
                 shown = _unit(batch["image"])
                 measured: dict[str, Tensor] = {}
                 if translator is not None:
                     shown = _translated(translator, shown, direction)
                     again = _translated(translator, shown, back)
-                    measured["cycle_error"] = _difference(again, _unit(batch["image"]))
+                    measured["cycle_error"] = difference(again, _unit(batch["image"]))
                 if with_truth and "counterpart" in batch:
                     truth = _unit(batch["counterpart"])
                     if truth.shape == shown.shape:
-                        measured["error"] = _difference(truth, shown)
+                        measured["error"] = difference(truth, shown)
                 taken = judges.classifier(shown).argmax(1) == SIDES.index(target)
                 measured["taken_for_target"] = 100 * taken.double()
                 for name, values in measured.items():
@@ -313,17 +256,8 @@ class TranslationReport(Callback):
         if confusion.sum() > 0:
             scores["object_miou"] = 100 * scores_of_confusion(confusion)["class_iou_present"]
         if judges.reference is not None:
-            scores |= _distances(judges.reference)
+            scores |= distances(judges.reference)[0]
         return scores
-
-    def _heads(self) -> dict[str, str]:
-        return COLUMNS if self.fid_scale == 1 else COLUMNS | {"fid": f"FID x{self.fid_scale}"}
-
-    def _cells(self, scores: Scores) -> list[float | None]:
-        cells = {**scores}
-        if "fid" in cells:
-            cells["fid"] *= self.fid_scale
-        return [cells.get(metric) for metric in COLUMNS]
 
     def _describe(
         self, found: dict[str, Scores], judges: Judges, images: Any, real: Any
@@ -331,7 +265,7 @@ class TranslationReport(Callback):
         """The end of the title, then the notes."""
         right = (100 - found["source"]["taken_for_target"] + found["real"]["taken_for_target"]) / 2
         notes = [
-            f"{len(self._places(images))} test images against {len(self._places(real))} of the target",
+            f"{len(self.places(images))} test images against {len(self.places(real))} of the target",
             f"judges (seed {self.judge_seed}): the classifier is right on {right:.1f} % of the real test images "
             "of both domains",
         ]
@@ -341,10 +275,7 @@ class TranslationReport(Callback):
             judged = "-" if miou is None else f"{miou:.1f} %"
             notes.append(f"segmenter ({origin}): mIoU {judged} on real test images of the target")
         if judges.reference is not None:
-            notes.append(
-                f"density, coverage (k = {self.nearest_k}) and FID: {self.extractor.description}; values of other "
-                "features or other numbers of images cannot be compared"
-            )
+            notes.append(self.note_on_distances())
         known = zip(self._others, self.against, strict=True)
         return notes + [f"{name}: {path}" for name, path in known]
 
@@ -362,7 +293,7 @@ class TranslationReport(Callback):
     def _classifier(self, trainer: Trainer, device: torch.device) -> Classifier:
         if "classifier" not in self._judges:
             both = _BothDomains(*(self._set(trainer, "train", side) for side in SIDES))
-            self._judges["classifier"] = self._fit(
+            self._judges["classifier"] = self.trained(
                 "domain classifier",
                 lambda: Classifier(2, in_channels=both.channels, width=self.judge_width),
                 both,
@@ -383,7 +314,7 @@ class TranslationReport(Callback):
             if "mask" not in sample:
                 return None
             channels = sample["image"].shape[1]
-            self._judges[name] = self._fit(
+            self._judges[name] = self.trained(
                 f"segmenter of domain {target.upper()}",
                 lambda: Segmenter(len(names), self.judge_width, in_channels=channels),
                 _Unpadded(images),
@@ -393,64 +324,24 @@ class TranslationReport(Callback):
             )
         return self._judges[name].to(device)
 
-    def _fit(
-        self, description: str, build: Any, images: Any, steps: int, keys: Any, device: Any
-    ) -> Any:
-        return fit_judge(
-            build,
-            images,
-            steps,
-            self.judge_batch_size,
-            self.judge_lr,
-            self.judge_seed,
-            keys,
-            device,
-            self.judge_flip,
-            description,
-        )
-
     def _reference(
         self, trainer: Trainer, module: Any, stage: str, target: str
     ) -> PrecisionRecallDensityCoverage | None:
         images = self._set(trainer, stage, target)
-        places = self._places(images)
-        if len(places) <= self.nearest_k:
-            return None
-        metric = PrecisionRecallDensityCoverage(
-            nearest_k=self.nearest_k,
-            metrics=("density", "coverage"),
-            standard_errors=False,
-            reset_real_features=False,
-        ).to(module.device)
-        for part in places[trainer.global_rank :: trainer.world_size].split(self.batch_size):
-            for indices, batch in _equal_sizes(part, images.batch(part, module.device)):
-                metric.update(self.extractor(_unit(batch["image"])), real=True, indices=indices)
-        return metric
+        batches = (
+            (indices, _unit(batch["image"]))
+            for part in self.mine(images, trainer.global_rank, trainer.world_size)
+            for indices, batch in _equal_sizes(part, images.batch(part, module.device))
+        )
+        return self.reference(batches, len(self.places(images)), module.device)
 
     # ------------------------------------------------------------------ data
     def _set(self, trainer: Trainer, stage: str, side: str) -> Any:
-        """The images of a domain.
-
-        Raises:
-            MisconfigurationException: the DataModule has none, also after its ``setup``.
-        """
+        """The images of a domain."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "val" and getattr(data, f"val_{side}", None) is None:
             stage = "test"
-        name = f"{stage}_{side}"
-        if getattr(data, name, None) is None:
-            data.setup("test" if stage == "test" else "fit")
-        images = getattr(data, name, None)
-        if not hasattr(images, "batch"):
-            raise MisconfigurationException(
-                f"TranslationReport: {type(data).__name__} has no set {name!r} with batch(indices)"
-            )
-        return images
-
-    def _places(self, images: Any) -> Tensor:
-        """The numbers of the images that are judged."""
-        count = len(images) if self.num_images is None else min(self.num_images, len(images))
-        return torch.linspace(0, len(images) - 1, count).long()
+        return self.images_of(data, f"{stage}_{side}")
 
     def _names(self, trainer: Trainer, direction: Direction) -> list[str]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -462,7 +353,7 @@ class TranslationReport(Callback):
         module: Any = pl_module
         source, target = self._names(trainer, direction)
         images = self._set(trainer, "test", _sides(direction)[0])
-        places = torch.linspace(0, len(images) - 1, min(self.pictures, len(images))).long()
+        places = evenly(images, self.pictures)
         translators = {type(module).__name__: module, **self._others}
         rows: dict[str, list[Tensor]] = {}
         for part in places:
@@ -542,13 +433,7 @@ def _unit(images: Tensor) -> Tensor:
 
 def _translated(translator: Any, images: Tensor, direction: Direction) -> Tensor:
     """Translations as any file would hold them, in 8 bits."""
-    found = translator.translate(images.to(translator.dtype), direction)
-    return found.float().mul(255).round().clamp(0, 255).div(255)
-
-
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference x100 of each pair of images, float64 [B]."""
-    return 100 * (first.double() - second.double()).abs().flatten(1).mean(1)
+    return in_8_bits(translator.translate(images.to(translator.dtype), direction))
 
 
 def _equal_sizes(places: Tensor, batch: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -572,15 +457,3 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
     """Batches of images [B, C, H, W] in one, cut to the middle of the smallest."""
     height, width = (min(image.shape[axis] for image in images) for axis in (-2, -1))
     return torch.cat([center_crop(image, [height, width]) for image in images])
-
-
-def _distances(reference: PrecisionRecallDensityCoverage) -> Scores:
-    """Density and coverage in percent and the Frechet distance of what the metric has seen, which it forgets."""
-    values = reference.compute()
-    assert reference.features is not None
-    real, fake = reference.features
-    scores = {name: 100 * float(values[name]) for name in ("density", "coverage")}
-    if len(fake) > 1:
-        scores["fid"] = float(frechet_distance_of_features(real, fake))
-    reference.reset()
-    return scores

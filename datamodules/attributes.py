@@ -35,8 +35,9 @@ from datamodules.attribute_splits import balanced_label_split, identity_label_sp
 from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.sampler import ShardedSampler
-from datamodules.shapes_options import SceneOptions
+from datamodules.shapes_options import SceneOptions, scenes_and_side
 from datamodules.sources import picture_sizes, unknown_name
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.attributes import (
     LabelKind,
     enumerate_label_space,
@@ -199,8 +200,7 @@ class AttributeDataModule(AdversariaDataModule):
             if choice not in choices:
                 raise unknown_name(name, choice, choices)
         drawn, faces, table = dataset == "shapes", dataset == "celeba", dataset == "csv"
-        if isinstance(shapes, dict):  # out of a checkpoint
-            shapes = SceneOptions(**shapes)
+        shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
         for name, value, default, applies in (
             ("exclusive", exclusive, None, faces or table),
             ("crop_size", crop_size, None, not drawn),
@@ -214,31 +214,23 @@ class AttributeDataModule(AdversariaDataModule):
                     f"{name}={value} does not apply to {dataset}"
                     f"{' with split=official' * (faces and split == 'official')}; leave out --data.{name}"
                 )
-        if drawn and image_size not in (None, shapes.image_size):
-            raise ValueError(
-                f"image_size={image_size} is the size of pictures in files; for scenes use "
-                f"--data.shapes.image_size {image_size}"
-            )
         if attributes is not None and not attributes:
             raise ValueError("attributes=[] leaves nothing to translate; give at least one name")
-        side = shapes.image_size if drawn else IMAGE_SIZE if image_size is None else image_size
-        for name, count, least in (
-            ("image_size", side, 1),
-            ("crop_size", crop_size, 0),
-            ("n_groups", n_groups, FEWEST_GROUPS if balanced else 1),
-            ("group_size", group_size, 1),
-            ("shapes_train", shapes_train, 1),
-            ("shapes_val", shapes_val, 1),
-            ("shapes_test", shapes_test, 1),
-        ):
-            if count is not None and not least <= count <= 10**9:
-                raise ValueError(f"{name}={count} must be at least {least} and at most {10**9}")
+        demand_at_least(FEWEST_GROUPS if balanced else 1, most=10**9, n_groups=n_groups)
+        demand_at_least(0, most=10**9, crop_size=crop_size)
+        demand_at_least(1, most=10**9, image_size=side, group_size=group_size)
+        demand_at_least(
+            1,
+            most=10**9,
+            shapes_train=shapes_train,
+            shapes_val=shapes_val,
+            shapes_test=shapes_test,
+        )
         if not 0 <= val_fraction < 1:
             raise ValueError(
                 f"val_fraction={val_fraction} is a fraction below 1; use e.g. 0.05, or 0 to train on all"
             )
-        if cache_limit < 0:
-            raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
+        demand_at_least(0, cache_limit=cache_limit)
         self._amount = _amount(labelled, dataset)
         block = n_groups * group_size
         if balanced and batch_size % block:
@@ -348,10 +340,7 @@ class AttributeDataModule(AdversariaDataModule):
             digest = f"{mix('labelled', *self.labelled_places.sort().values.tolist()):016x}"
         of_set: dict[str, Any] = {}
         if isinstance(self.source, SceneAttributes):
-            options = asdict(self.source.options)
-            of_set["shapes"] = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in options.items()
-            }
+            of_set["shapes"] = self.source.options.plain()
             of_set["shapes_seed"] = self.source.seed
         elif self.dataset == "celeba":
             of_set["split"] = self.split
@@ -376,20 +365,16 @@ class AttributeDataModule(AdversariaDataModule):
             "counts": counts,
         }
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that the files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-        else:
-            self.source.check(parts_of(stage))
+        self.source.check(parts_of(stage))
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> PictureFileDataset:
+        """The pictures of a folder, squeezed to squares."""
+        return open_pictures(folder, self.image_size)
+
+    def open_parts(self, stage: str | None) -> None:
         """Opens what the stage needs; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = open_pictures(self.predict_folder, self.image_size)
-            return
         parts = [part for part in parts_of(stage) if getattr(self, part) is None]
         self.source.check(parts)
         opened = {part: self.source.open(part) for part in parts}
@@ -460,9 +445,7 @@ class AttributeDataModule(AdversariaDataModule):
         """
         if not state_dict:
             return
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
+        if self.predicts_folder:
             self._names = list(state_dict["attribute_names"])
             self._groups = [list(group) for group in state_dict["exclusive_groups"]]
             self.attribute_kind = state_dict["attribute_kind"]
@@ -702,21 +685,17 @@ class JointAttributeDataModule(AdversariaDataModule):
         """What was trained and evaluated on, in plain values for results and checkpoints."""
         return {str(i): member.split_info for i, member in enumerate(self.members)}
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Makes sure that the files of all data sets are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         for member in self.members:
             member.source.check(parts_of(stage))
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> PictureFileDataset:
+        """The pictures of a folder, squeezed to squares."""
+        return open_pictures(folder, self.image_size)
+
+    def open_parts(self, stage: str | None) -> None:
         """Opens what the stage needs of every data set; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = open_pictures(self.predict_folder, self.image_size)
-            return
         for member in self.members:
             member.setup(stage)
         parts = parts_of(stage)
@@ -769,9 +748,7 @@ class JointAttributeDataModule(AdversariaDataModule):
         if not state_dict:
             return
         then = [list(names) for names in state_dict["attribute_names"]]
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
+        if self.predicts_folder:
             self._names, self._groups = then, state_dict["exclusive_groups"]
         elif len(then) != len(self.members):
             raise ValueError(

@@ -1,7 +1,7 @@
 """What every DataModule here shares: loaders that resume exactly, and floats made on the device."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -10,8 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.datasets import BatchDataset, Positions, unit_interval
+from datamodules.datasets import BatchDataset, Positions, pictures_to_predict, unit_interval
 from datamodules.sampler import ShardedSampler
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import keyed_generator
 
 
@@ -36,8 +37,8 @@ def parts_of(stage: TrainerFn | str | None) -> tuple[str, ...]:
 class AdversariaDataModule(LightningDataModule):
     """Loaders over images in memory, with the same batches for any number of processes.
 
-    Subclasses build ``train``, ``val``, ``test`` and, for ``predict_folder``, ``pictures`` in
-    ``setup``; or they wrap other datasets with :meth:`train_loader` and :meth:`eval_loader`. The
+    Subclasses build ``train``, ``val`` and ``test`` in :meth:`open_parts` and, of ``predict_folder``, ``pictures``
+    in :meth:`open_folder`; or they wrap other datasets with :meth:`train_loader` and :meth:`eval_loader`. The
     order of the training images and their augmentation are functions of (global seed, epoch,
     batch), so a run that resumes in the middle of an epoch sees what it would have seen.
 
@@ -80,19 +81,50 @@ class AdversariaDataModule(LightningDataModule):
         random_crop: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("random_crop", random_crop, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        demand_at_least(
+            1, batch_size=batch_size, eval_batch_size=eval_batch_size, random_crop=random_crop
+        )
+        demand_at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.horizontal_flip = horizontal_flip
         self.random_crop = random_crop
+
+    @property
+    def predicts_folder(self) -> bool:
+        """Whether the trainer is predicting the pictures of ``predict_folder``."""
+        predicts = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+        return predicts and self.predict_folder is not None
+
+    def prepare_data(self) -> None:
+        """Makes sure that all files are there before anything starts, those of ``predict_folder`` for its prediction.
+
+        Raises:
+            FileNotFoundError: data are missing.
+        """
+        if self.predicts_folder:
+            assert self.predict_folder is not None
+            pictures_to_predict(self.predict_folder)
+        else:
+            self.check_files(None if self.trainer is None else self.trainer.state.fn)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens what the stage needs; what was opened before is kept."""
+        if stage != "predict" or self.predict_folder is None:
+            self.open_parts(stage)
+        elif self.pictures is None:
+            self.pictures = self.open_folder(self.predict_folder)
+
+    def check_files(self, stage: TrainerFn | None) -> None:
+        """Makes sure that the files of the data set are there, downloads them if asked to."""
+
+    def open_parts(self, stage: str | None) -> None:
+        """Opens ``train``, ``val`` and ``test`` as far as the stage needs them and they are not open."""
+
+    def open_folder(self, folder: str) -> BatchDataset:
+        """The pictures of a folder, to be predicted."""
+        raise NotImplementedError
 
     def train_dataloader(self) -> Any:
         """Shuffled ``train``, or batches without images.
@@ -135,7 +167,7 @@ class AdversariaDataModule(LightningDataModule):
         """Shuffled global batches, from where the trainer stands.
 
         A module may offer ``batches_in_epoch(epoch) -> int | None`` to have an epoch of so many batches, whatever the
-        size of the set; it then sets ``trainer.reload_dataloaders_every_n_epochs`` to 1.
+        size of the set; the trainer then makes loaders anew for every epoch (``reload_dataloaders_every_n_epochs``).
 
         Raises:
             ValueError: the global batch cannot be divided over the processes, or exceeds the set.
@@ -281,4 +313,28 @@ class AdversariaDataModule(LightningDataModule):
             collate_fn=_whole_batch,
             # An own generator, or every new iterator would take a number out of the global stream.
             generator=keyed_generator("loader"),
+        )
+
+
+class EvaluationDataModule(AdversariaDataModule):
+    """Data for ``train.py test`` alone."""
+
+    holds: ClassVar[str]
+    """What there is, for the message."""
+
+    def train_dataloader(self) -> NoReturn:
+        """Raises ValueError: there is nothing to train on."""
+        self._refuse()
+
+    def val_dataloader(self) -> NoReturn:
+        """Raises ValueError: there is nothing to validate on."""
+        self._refuse()
+
+    def predict_dataloader(self) -> NoReturn:
+        """Raises ValueError: there is nothing to predict."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__} holds {self.holds}, none to train, validate or predict on; use train.py test"
         )

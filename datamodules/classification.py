@@ -8,10 +8,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
     ImageArrayDataset,
-    pictures_to_predict,
     read_pictures_to_predict,
 )
 from datamodules.sources import class_names_of, draw_per_class, open_source, prepare_source
+from lightning_modules.arguments import demand_at_least
 
 
 class ClassificationDataModule(AdversariaDataModule):
@@ -28,7 +28,7 @@ class ClassificationDataModule(AdversariaDataModule):
         batch_size: training batch over all processes together.
         eval_batch_size: batch of one process in validation, test and prediction.
         num_workers: loader processes.
-        holdout: share of each class held out for validation.
+        val_fraction: share of each class held out for validation.
         training_images: read the training half. Without it there is no validation, and no image in any batch of a
             training: all that is needed is a test set, in ``ROOT/test/CLASS`` of an ``image_folder``.
         horizontal_flip: mirror training images with probability 1/2.
@@ -52,7 +52,7 @@ class ClassificationDataModule(AdversariaDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         num_workers: int = 0,
-        holdout: float = 0.1,
+        val_fraction: float = 0.1,
         training_images: bool = True,
         horizontal_flip: bool = False,
         crop_padding: int = 0,
@@ -68,22 +68,18 @@ class ClassificationDataModule(AdversariaDataModule):
             horizontal_flip,
             image_size if crop_padding else None,
         )
-        for name, value in (
-            ("image_size", image_size),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 < holdout < 1:
-            raise ValueError(f"holdout={holdout} is a fraction between 0 and 1; use e.g. 0.1")
+        demand_at_least(1, image_size=image_size, train_limit=train_limit, test_limit=test_limit)
+        if not 0 < val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"
+            )
         if crop_padding < 0:
             raise ValueError(f"crop_padding={crop_padding} must not be negative")
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
         self.image_size = image_size
-        self.holdout = holdout
+        self.val_fraction = val_fraction
         self.training_images = training_images
         self.crop_padding = crop_padding
         self.download = download
@@ -99,25 +95,19 @@ class ClassificationDataModule(AdversariaDataModule):
         """What was evaluated, in plain values for results and checkpoints."""
         return {"dataset": self.dataset, "protocol": "all classes", "counts": dict(self._counts)}
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         if self.training_images and stage not in (TrainerFn.TESTING, TrainerFn.PREDICTING):
             prepare_source(self.dataset, self.root, train=True, download=self.download)
         if stage != TrainerFn.VALIDATING:
             prepare_source(self.dataset, self.root, train=False, download=self.download)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> Any:
+        """The pictures of a folder, squeezed to the size of the images."""
+        return read_pictures_to_predict(folder, self.image_size, self.class_names)
+
+    def open_parts(self, stage: str | None) -> None:
         """Reads what the stage needs; what was read before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = read_pictures_to_predict(
-                    self.predict_folder, self.image_size, self.class_names
-                )
-            return
         fits = stage in ("fit", "validate", None)
         if fits and self.training_images and self.train is None:
             self._read_training_half()
@@ -128,7 +118,7 @@ class ClassificationDataModule(AdversariaDataModule):
 
     def _read_training_half(self) -> None:
         whole, labels = self._read(train=True, limit=None)
-        rest, held_out = draw_per_class(labels, self.holdout, f"{self.dataset} holdout")
+        rest, held_out = draw_per_class(labels, self.val_fraction, f"{self.dataset} holdout")
         if self.train_limit is not None:
             _, kept = draw_per_class(labels[rest], self.train_limit, f"{self.dataset} train limit")
             rest = rest[kept]

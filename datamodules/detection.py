@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchvision.datasets import VOCDetection
 
-from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
+from datamodules.drawn_or_files import DrawnOrFilesDataModule
 from datamodules.shapes import Scenes
-from datamodules.shapes_options import SceneOptions
+from datamodules.shapes_options import SceneOptions, scenes_and_side
 from datamodules.sources import picture_sizes, unknown_name, visit_files
+from lightning_modules.arguments import demand_at_least
 
 DATASETS = ("shapes", "voc2012")
 SEVERAL = SceneOptions(max_objects=3)
@@ -33,7 +33,7 @@ VOC_CLASSES = (
 VOC_VALIDATION = 10
 
 
-class DetectionDataModule(AdversariaDataModule):
+class DetectionDataModule(DrawnOrFilesDataModule):
     """Images with a box and a class for every object.
 
     A batch has ``image`` [B, 3, S, S] in [0, 1] (no normalisation: that is the module's business), ``boxes`` [B, M, 4],
@@ -93,24 +93,16 @@ class DetectionDataModule(AdversariaDataModule):
         if dataset not in DATASETS:
             raise unknown_name("dataset", dataset, DATASETS)
         drawn = dataset == "shapes"
-        if isinstance(shapes, dict):  # out of a checkpoint
-            shapes = SceneOptions(**shapes)
-        if drawn and image_size not in (None, shapes.image_size):
-            raise ValueError(
-                f"image_size={image_size} is the size of pictures in files; for scenes use "
-                f"--data.shapes.image_size {image_size}"
-            )
-        side = shapes.image_size if drawn else IMAGE_SIZE if image_size is None else image_size
-        for name, count in (
-            ("image_size", side),
-            ("shapes_train", shapes_train),
-            ("shapes_val", shapes_val),
-            ("shapes_test", shapes_test),
-        ):
-            if not 1 <= count <= 10**9:
-                raise ValueError(f"{name}={count} must be at least 1 and at most {10**9}")
-        if cache_limit < 0:
-            raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
+        shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
+        demand_at_least(1, most=10**9, image_size=side)
+        demand_at_least(
+            1,
+            most=10**9,
+            shapes_train=shapes_train,
+            shapes_val=shapes_val,
+            shapes_test=shapes_test,
+        )
+        demand_at_least(0, cache_limit=cache_limit)
         super().__init__(
             batch_size,
             eval_batch_size,
@@ -137,19 +129,11 @@ class DetectionDataModule(AdversariaDataModule):
         self._scenes = {"train": shapes_train, "val": shapes_val, "test": shapes_test}
 
     @property
-    def num_classes(self) -> int:
-        """K, without a background."""
-        return len(self.class_names)
-
-    @property
     def split_info(self) -> dict[str, Any]:
         """What was evaluated, in plain values for results and checkpoints."""
         of_set: dict[str, Any] = {}
         if self.dataset == "shapes":
-            options = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.shapes).items()
-            }
-            of_set = {"shapes": options, "shapes_seed": self.shapes_seed}
+            of_set = {"shapes": self.shapes.plain(), "shapes_seed": self.shapes_seed}
         parts = {name: getattr(self, name) for name in FIRST_SCENE}
         return {
             "dataset": self.dataset,
@@ -159,66 +143,28 @@ class DetectionDataModule(AdversariaDataModule):
             "counts": {name: len(part) for name, part in parts.items() if part is not None},
         }
 
-    def prepare_data(self) -> None:
-        """Makes sure that the files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-        elif self.dataset != "shapes":
-            for part in self._parts(stage):
-                self._voc(part)
+    def open_folder(self, folder: str) -> PictureFileDataset:
+        """The pictures of a folder, squeezed to squares."""
+        files = pictures_to_predict(folder)
+        sizes = torch.tensor(picture_sizes(files, folder, "checking pictures"))
+        return PictureFileDataset(files, self.image_size, original_sizes=sizes)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Opens what the stage needs; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                files = pictures_to_predict(self.predict_folder)
-                sizes = picture_sizes(files, self.predict_folder, "checking pictures")
-                self.pictures = PictureFileDataset(
-                    files, self.image_size, original_sizes=torch.tensor(sizes)
-                )
-            return
-        for part in self._parts(stage):
-            if getattr(self, part) is None:
-                opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
-                setattr(self, part, opened)
+    def check_part(self, part: str) -> None:
+        """Looks for pictures and annotations of a part."""
+        self._voc(part)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The classes, for the checkpoint."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other classes, unless a folder is predicted.
-
-        Raises:
-            ValueError: other classes, or in another order.
-        """
-        if not state_dict:
-            return
-        then = list(state_dict["class_names"])
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
-            self.class_names = then
-        elif then != self.class_names:
-            raise ValueError(
-                f"the checkpoint was trained on the classes {', '.join(then)}, the data have "
-                f"{', '.join(self.class_names)}; set --data.dataset and --data.shapes to data of the same classes"
-            )
-
-    def _parts(self, stage: TrainerFn | str | None) -> tuple[str, ...]:
-        return parts_of(stage) if self.training_images else ("test",)
-
-    def _draw(self, part: str) -> BatchDataset:
+    def draw_part(self, part: str) -> BatchDataset:
+        """The scenes of a part, kept in memory if they fit."""
         options, count = self.shapes, self._scenes[part]
         scenes = ObjectScenes(options, self.shapes_seed, count, FIRST_SCENE[part])
-        if not self._fits(count):
+        if not self.fits(count, self.image_size):
             return scenes
         return ObjectArrayDataset(
             [scenes.__getitems__(some) for some in torch.arange(count).split(DRAWN_AT_ONCE)]
         )
 
-    def _open(self, part: str) -> BatchDataset:
+    def open_part(self, part: str) -> BatchDataset:
+        """The pictures of a part, kept in memory if they fit."""
         pictures, annotations = self._voc(part)
         objects = read_voc_objects(annotations, f"annotations of {self.dataset} {part}")
         if all(difficult for found in objects for difficult in found.difficult):
@@ -227,7 +173,7 @@ class DetectionDataModule(AdversariaDataModule):
                 f"look at {annotations[0].parent}"
             )
         dataset = ObjectPictureDataset(pictures, self.image_size, objects)
-        if self._fits(len(dataset)):
+        if self.fits(len(dataset), self.image_size):
             dataset.keep(f"{self.dataset} {part}")
         return dataset
 
@@ -256,9 +202,6 @@ class DetectionDataModule(AdversariaDataModule):
             )
             raise FileNotFoundError(f"VOC {part} (ImageSets/Main/{split}.txt): {what}")
         return [Path(picture) for picture, _ in kept], [Path(text) for _, text in kept]
-
-    def _fits(self, count: int) -> bool:
-        return count * 3 * self.image_size**2 <= self.cache_limit * 2**30
 
     def _floats(self, batch: dict[str, Any], key: str) -> dict[str, Any]:
         as_bytes = batch["image"].dtype == torch.uint8

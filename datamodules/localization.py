@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.boxes import Framing, framed_boxes
 from datamodules.datasets import (
     BatchDataset,
@@ -18,10 +16,12 @@ from datamodules.datasets import (
     PictureFileDataset,
     pictures_to_predict,
 )
+from datamodules.drawn_or_files import DrawnOrFilesDataModule
 from datamodules.localization_sources import Birds, ClassFolders, ImageNet, PictureSource
 from datamodules.shapes import Scenes
-from datamodules.shapes_options import SceneOptions
+from datamodules.shapes_options import SceneOptions, scenes_and_side
 from datamodules.sources import picture_sizes, unknown_name
+from lightning_modules.arguments import demand_at_least
 
 IMAGE_SIZE = 224
 RESIZE = 256
@@ -32,7 +32,7 @@ FIRST_SCENE = {"train": 0, "val": 10**9, "test": 2 * 10**9}
 DRAWN_AT_ONCE = 256
 
 
-class LocalizationDataModule(AdversariaDataModule):
+class LocalizationDataModule(DrawnOrFilesDataModule):
     """Images with labels for training; with labels and boxes for validation and test.
 
     The threshold that turns a map into a box is chosen on validation boxes, so these are never
@@ -114,8 +114,6 @@ class LocalizationDataModule(AdversariaDataModule):
         if dataset not in DATASETS:
             raise unknown_name("dataset", dataset, DATASETS)
         drawn = dataset == "shapes"
-        if isinstance(shapes, dict):  # out of a checkpoint
-            shapes = SceneOptions(**shapes)
         given: dict[str, tuple[Any, Any]] = {
             "boxes": (boxes, None),
             "resize": (resize, RESIZE),
@@ -127,27 +125,21 @@ class LocalizationDataModule(AdversariaDataModule):
                 raise ValueError(
                     f"{name}={value} does not apply to {dataset}; leave out --data.{name}"
                 )
-        if drawn and image_size not in (None, shapes.image_size):
-            raise ValueError(
-                f"image_size={image_size} is the size of pictures in files; for scenes use "
-                f"--data.shapes.image_size {image_size}"
-            )
-        side = shapes.image_size if drawn else IMAGE_SIZE if image_size is None else image_size
-        for name, count in (
-            ("image_size", side),
-            ("shapes_train", shapes_train),
-            ("shapes_val", shapes_val),
-            ("shapes_test", shapes_test),
-        ):
-            if not 1 <= count <= 10**9:
-                raise ValueError(f"{name}={count} must be at least 1 and at most {10**9}")
+        shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
+        demand_at_least(1, most=10**9, image_size=side)
+        demand_at_least(
+            1,
+            most=10**9,
+            shapes_train=shapes_train,
+            shapes_val=shapes_val,
+            shapes_test=shapes_test,
+        )
         if not drawn and resize < side:
             raise ValueError(
                 f"resize={resize} is smaller than the image_size={side} that is cut out of it; use "
                 f"--data.resize {side} or more"
             )
-        if cache_limit < 0:
-            raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
+        demand_at_least(0, cache_limit=cache_limit)
         super().__init__(
             batch_size,
             eval_batch_size,
@@ -181,11 +173,6 @@ class LocalizationDataModule(AdversariaDataModule):
         self._origins: dict[str, str] = {}
 
     @property
-    def num_classes(self) -> int:
-        """K, once the classes are known; 0 before."""
-        return len(self.class_names)
-
-    @property
     def split_info(self) -> dict[str, Any]:
         """What was evaluated, in plain values for results and checkpoints."""
         of_set: dict[str, Any] = {
@@ -194,10 +181,7 @@ class LocalizationDataModule(AdversariaDataModule):
             "eval_crop": self.eval_crop,
         }
         if self.dataset == "shapes":
-            options = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.shapes).items()
-            }
-            of_set = {"shapes": options, "shapes_seed": self.shapes_seed}
+            of_set = {"shapes": self.shapes.plain(), "shapes_seed": self.shapes_seed}
         return {
             "dataset": self.dataset,
             "num_classes": self.num_classes,
@@ -207,66 +191,17 @@ class LocalizationDataModule(AdversariaDataModule):
             "counts": dict(self._counts),
         }
 
-    def prepare_data(self) -> None:
-        """Makes sure that the files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-        elif self.dataset != "shapes":
-            for part in parts_of(stage):
-                self._source().check(Path(self.root).expanduser(), part)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Opens what the stage needs; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = self._open_folder(self.predict_folder)
-            return
-        for part in parts_of(stage):
-            if getattr(self, part) is None:
-                setattr(
-                    self, part, self._draw(part) if self.dataset == "shapes" else self._open(part)
-                )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The classes, for the checkpoint."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other classes; takes its classes when a folder is predicted.
-
-        Raises:
-            ValueError: other classes, or in another order.
-        """
-        if not state_dict:
-            return
-        then, now = list(state_dict["class_names"]), self.class_names
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
-            self.class_names = then
-        elif now and then != now:
-            both = set(then) & set(now)
-            listed = [
-                f"{place}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
-                for place, names in (
-                    ("only in the checkpoint", [name for name in then if name not in both]),
-                    (f"only in {self.dataset}", [name for name in now if name not in both]),
-                )
-                if names
-            ]
-            raise ValueError(
-                f"the checkpoint was trained on {len(then)} classes, the data have {len(now)} "
-                f"({'; '.join(listed) or 'the same in another order'}); set --data.dataset and "
-                "--data.root to data of the same classes"
-            )
-
     def _source(self) -> PictureSource:
         if self.dataset == "image_folder":
             return ClassFolders(None if self.boxes is None else Path(self.boxes).expanduser())
         return Birds() if self.dataset == "cub200" else ImageNet()
 
-    def _draw(self, part: str) -> BatchDataset:
+    def check_part(self, part: str) -> None:
+        """Looks for the files of a part."""
+        self._source().check(Path(self.root).expanduser(), part)
+
+    def draw_part(self, part: str) -> BatchDataset:
+        """The scenes of a part, kept in memory if they fit."""
         scenes = LocalizedScenes(
             self.shapes,
             self.shapes_seed,
@@ -278,7 +213,7 @@ class LocalizationDataModule(AdversariaDataModule):
         if part != "train":
             self._counts[f"{part}_with_boxes"] = len(scenes)
         self._origins[part] = f"scenes from {FIRST_SCENE[part]}"
-        if not self._fits(len(scenes), self.image_size):
+        if not self.fits(len(scenes), self.image_size):
             return scenes
         pieces = [scenes.__getitems__(i) for i in torch.arange(len(scenes)).split(DRAWN_AT_ONCE)]
         truth = {
@@ -293,7 +228,8 @@ class LocalizationDataModule(AdversariaDataModule):
             masks=truth["mask"],
         )
 
-    def _open(self, part: str) -> BatchDataset:
+    def open_part(self, part: str) -> BatchDataset:
+        """The pictures of a part, kept in memory if they fit."""
         root, source = Path(self.root).expanduser(), self._source()
         source.check(root, part)
         self.class_names = source.class_names(root)
@@ -321,7 +257,7 @@ class LocalizationDataModule(AdversariaDataModule):
             decode=framing.decode,
         )
         # Twice the short side is a guess that holds for nearly every photograph.
-        if self._fits(len(dataset) * (2 if various else 1), framing.crop or framing.resize):
+        if self.fits(len(dataset) * (2 if various else 1), framing.crop or framing.resize):
             dataset.keep(f"{self.dataset} {part}")
         return dataset
 
@@ -343,7 +279,8 @@ class LocalizationDataModule(AdversariaDataModule):
             None if len(without) == len(paths) else framed_boxes(boxes, sizes, self._eval_framing)
         )
 
-    def _open_folder(self, folder: str) -> PictureFileDataset:
+    def open_folder(self, folder: str) -> PictureFileDataset:
+        """The pictures of a folder, framed as images to evaluate."""
         files, framing = pictures_to_predict(folder), self._eval_framing
         sizes = picture_sizes(files, folder, "checking pictures")
         return PictureFileDataset(
@@ -359,9 +296,6 @@ class LocalizationDataModule(AdversariaDataModule):
         if self.eval_crop:
             return Framing(self.resize, self.keep_aspect, self.image_size)
         return Framing(self.image_size)
-
-    def _fits(self, count: int, side: int) -> bool:
-        return count * 3 * side**2 <= self.cache_limit * 2**30
 
     def _demand_two_classes(self) -> None:
         if len(self.class_names) < 2:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import BatchDataset
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -130,13 +132,9 @@ class NLIDataModule(AdversariaDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
         self.save_hyperparameters(logger=False)
-        for name, value in (
-            ("train_size", train_size),
-            ("val_size", val_size),
-            ("test_size", test_size),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1 (--data.{name})")
+        demand_at_least(
+            1, option="--data.", train_size=train_size, val_size=val_size, test_size=test_size
+        )
         if dataset not in ("grammar", "snli"):
             raise ValueError(f"dataset={dataset!r} must be grammar or snli (--data.dataset)")
         if test_split not in SPLITS:
@@ -169,13 +167,13 @@ class NLIDataModule(AdversariaDataModule):
         found, counts = part.labels.unique(return_counts=True)
         return {names[k]: n for k, n in zip(found.tolist(), counts.tolist(), strict=True)}
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Looks whether the files are there."""
         if self.dataset == "snli":
             for split in SPLITS:
                 snli_file(self.root, split)
 
-    def setup(self, stage: str) -> None:
+    def open_parts(self, stage: str | None) -> None:
         """Loads the splits of a stage."""
         if stage == "fit":
             self.train = self.pairs_of("train")

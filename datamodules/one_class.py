@@ -10,7 +10,6 @@ from torch import Tensor
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
     ImageArrayDataset,
-    pictures_to_predict,
     read_pictures_to_predict,
 )
 from datamodules.ped2 import list_clips, read_patches
@@ -24,6 +23,7 @@ from datamodules.sources import (
     prepare_source,
     unknown_name,
 )
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 
 CLASS_NAMES = ["normal", "outlier"]
@@ -59,7 +59,7 @@ class OneClassDataModule(AdversariaDataModule):
         batch_size: training batch over all processes together.
         eval_batch_size: batch of one process in validation, test and prediction.
         num_workers: loader processes.
-        holdout: fraction of each normal class (of the clips of ``ped2``) held out for validation.
+        val_fraction: fraction of each normal class (of the clips of ``ped2``) held out for validation.
         outlier_proportion: share of outliers in the test set; they are spread evenly over the
             classes as far as these have enough.
         outliers_per_class: so many outliers of each class. null for both: all of them.
@@ -101,7 +101,7 @@ class OneClassDataModule(AdversariaDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         num_workers: int = 0,
-        holdout: float = 0.1,
+        val_fraction: float = 0.1,
         outlier_proportion: float | None = None,
         outliers_per_class: int | None = None,
         outlier_classes: list[str | int] | None = None,
@@ -114,17 +114,19 @@ class OneClassDataModule(AdversariaDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers)
-        for name, value in (
-            ("normal_count", normal_count),
-            ("image_size", image_size),
-            ("outliers_per_class", outliers_per_class),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-            ("patch_size", patch_size),
+        demand_at_least(
+            1,
+            normal_count=normal_count,
+            image_size=image_size,
+            outliers_per_class=outliers_per_class,
+            train_limit=train_limit,
+            test_limit=test_limit,
+            patch_size=patch_size,
+        )
+        for name, share in (
+            ("val_fraction", val_fraction),
+            ("outlier_proportion", outlier_proportion),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        for name, share in (("holdout", holdout), ("outlier_proportion", outlier_proportion)):
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name}={share} is a fraction between 0 and 1; use e.g. 0.1")
         if not 0 <= motion_threshold < 255:
@@ -135,7 +137,7 @@ class OneClassDataModule(AdversariaDataModule):
         self.normal_count = normal_count
         self.split = split
         self.image_size = image_size
-        self.holdout = holdout
+        self.val_fraction = val_fraction
         self.outlier_proportion = outlier_proportion
         self.outliers_per_class = outliers_per_class
         self.outlier_classes = (
@@ -221,18 +223,14 @@ class OneClassDataModule(AdversariaDataModule):
         return {
             "dataset": self.dataset,
             **of_set,
-            "holdout": self.holdout,
+            "val_fraction": self.val_fraction,
             "holdout_inliers": self.holdout_inliers,
             "train_limit": self.train_limit,
             "counts": dict(self._counts),
         }
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         for train in (True, False):
             unused = (TrainerFn.TESTING, TrainerFn.PREDICTING) if train else (TrainerFn.VALIDATING,)
             if stage in unused and self.holdout_inliers:
@@ -242,14 +240,12 @@ class OneClassDataModule(AdversariaDataModule):
             else:
                 prepare_source(self.dataset, self.root, train, self.download)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> Any:
+        """The pictures of a folder, squeezed to the size of the images."""
+        return read_pictures_to_predict(folder, self.image_size, self.class_names)
+
+    def open_parts(self, stage: str | None) -> None:
         """Reads what the stage needs; what was read before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = read_pictures_to_predict(
-                    self.predict_folder, self.image_size, self.class_names
-                )
-            return
         ped2 = self.dataset == "ped2"
         if stage in ("fit", "validate", None) and self.train is None:
             self._read_training_clips() if ped2 else self._read_training_half()
@@ -270,10 +266,7 @@ class OneClassDataModule(AdversariaDataModule):
         Raises:
             ValueError: other data or normal classes, or inliers held out in one case only.
         """
-        predicts_folder = self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        )
-        if not state_dict or predicts_folder:
+        if not state_dict or self.predicts_folder:
             return
         if state_dict != self.state_dict():
             then, now = (
@@ -362,7 +355,7 @@ class OneClassDataModule(AdversariaDataModule):
         """Which images to train on, and which are held out."""
         normal = self._normal_members(source)
         rest, drawn = draw_per_class(
-            source.labels[normal], self.holdout, f"{self.dataset} one-class holdout"
+            source.labels[normal], self.val_fraction, f"{self.dataset} one-class holdout"
         )
         train, val = normal[rest], normal[drawn]
         if self.train_limit is not None:
@@ -470,11 +463,11 @@ class OneClassDataModule(AdversariaDataModule):
     def _read_training_clips(self) -> None:
         # Whole clips, since the same people walk through all frames of one.
         clips = torch.zeros(len(list_clips(self.root, train=True)))
-        rest, drawn = draw_per_class(clips, self.holdout, "ped2 one-class holdout")
+        rest, drawn = draw_per_class(clips, self.val_fraction, "ped2 one-class holdout")
         if not len(rest):
             raise ValueError(
-                f"holdout={self.holdout} leaves none of the {len(clips)} training clips in "
-                f"{self.root} to train on; use more clips or a smaller --data.holdout"
+                f"val_fraction={self.val_fraction} leaves none of the {len(clips)} training clips in "
+                f"{self.root} to train on; use more clips or a smaller --data.val_fraction"
             )
         train, self.val = (self._read_clips(True, chosen)[0] for chosen in (rest, drawn))
         if self.train_limit is not None:

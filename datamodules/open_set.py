@@ -11,7 +11,6 @@ from torch import Tensor
 from datamodules.base import AdversariaDataModule
 from datamodules.datasets import (
     ImageArrayDataset,
-    pictures_to_predict,
     read_pictures_to_predict,
 )
 from datamodules.open_set_splits import (
@@ -29,6 +28,7 @@ from datamodules.sources import (
     open_source,
     prepare_source,
 )
+from lightning_modules.arguments import demand_at_least
 
 MNIST_HOLDOUT = 5000
 
@@ -60,7 +60,7 @@ class OpenSetDataModule(AdversariaDataModule):
         batch_size: training batch over all processes together.
         eval_batch_size: batch of one process in validation, test and prediction.
         num_workers: loader processes.
-        holdout: fraction of each known class held out for validation; null takes the rule above.
+        val_fraction: fraction of each known class held out for validation; null takes the rule above.
         horizontal_flip: mirror training images with probability 1/2.
         download: fetch what is missing into ``root``.
         train_limit: use at most so many training images per known class (drawn like the held-out
@@ -92,7 +92,7 @@ class OpenSetDataModule(AdversariaDataModule):
         batch_size: int = 64,
         eval_batch_size: int = 256,
         num_workers: int = 0,
-        holdout: float | None = None,
+        val_fraction: float | None = None,
         horizontal_flip: bool = False,
         download: bool = False,
         train_limit: int | None = None,
@@ -100,21 +100,17 @@ class OpenSetDataModule(AdversariaDataModule):
         predict_folder: str | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, horizontal_flip)
-        for name, value in (
-            ("image_size", image_size),
-            ("train_limit", train_limit),
-            ("test_limit", test_limit),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if holdout is not None and not 0 < holdout < 1:
-            raise ValueError(f"holdout={holdout} is a fraction between 0 and 1; use e.g. 0.1")
+        demand_at_least(1, image_size=image_size, train_limit=train_limit, test_limit=test_limit)
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise ValueError(
+                f"val_fraction={val_fraction} is a fraction between 0 and 1; use e.g. 0.1"
+            )
         self.save_hyperparameters()
         self.dataset = dataset
         self.root = root
         self.protocol = protocol
         self.image_size = image_size
-        self.holdout = holdout
+        self.val_fraction = val_fraction
         self.download = download
         self.train_limit = train_limit
         self.test_limit = test_limit
@@ -159,26 +155,20 @@ class OpenSetDataModule(AdversariaDataModule):
         names = self._names or class_names_of(self._known_source)
         return [str(c) if names is None else names[c] for c in self._split.known]
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that all files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-            return
         if stage not in (TrainerFn.TESTING, TrainerFn.PREDICTING):
             prepare_source(self._known_source, self.root, train=True, download=self.download)
         if stage != TrainerFn.VALIDATING:
             for source in dict.fromkeys((self._known_source, self._unknown_source)):
                 prepare_source(source, self.root, train=False, download=self.download)
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_folder(self, folder: str) -> Any:
+        """The pictures of a folder, squeezed to the size of the images."""
+        return read_pictures_to_predict(folder, self.image_size, self.class_names)
+
+    def open_parts(self, stage: str | None) -> None:
         """Reads what the stage needs; what was read before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = read_pictures_to_predict(
-                    self.predict_folder, self.image_size, self.class_names
-                )
-            return
         if stage in ("fit", "validate", None) and self.train is None:
             self._read_training_half()
         if stage in ("test", "predict", None) and self.test is None:
@@ -196,10 +186,7 @@ class OpenSetDataModule(AdversariaDataModule):
         Raises:
             ValueError: some class was known then and is not now, or the other way round.
         """
-        predicts_folder = self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        )
-        if not state_dict or predicts_folder:
+        if not state_dict or self.predicts_folder:
             return
         split = self._known_split()
         if (state_dict["source"], state_dict["known"]) != (self._known_source, split.known):
@@ -258,17 +245,17 @@ class OpenSetDataModule(AdversariaDataModule):
         source = self._open(self._known_source, train=True)
         labels = self._network_labels(source)
         known = (labels >= 0).nonzero().flatten()
-        if self.dataset == "mnist" and self.holdout is None:
+        if self.dataset == "mnist" and self.val_fraction is None:
             first_held_out = len(labels) - MNIST_HOLDOUT
             if first_held_out <= 0:
                 raise ValueError(
                     f"{self.root} has {len(labels)} MNIST training images, of which the last "
-                    f"{MNIST_HOLDOUT} would be held out; use --data.holdout 0.1"
+                    f"{MNIST_HOLDOUT} would be held out; use --data.val_fraction 0.1"
                 )
             train, val = known[known < first_held_out], known[known >= first_held_out]
         else:
             rest, drawn = draw_per_class(
-                source.labels[known], self.holdout or 0.1, f"{self._known_source} holdout"
+                source.labels[known], self.val_fraction or 0.1, f"{self._known_source} holdout"
             )
             train, val = known[rest], known[drawn]
         if self.train_limit is not None:

@@ -1,15 +1,14 @@
 """Probing sets for the dissection of a network: images whose concepts are known."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import EvaluationDataModule
 from datamodules.camvid import list_frames
 from datamodules.datasets import ImageArrayDataset
 from datamodules.probing_sources import (
@@ -23,6 +22,7 @@ from datamodules.probing_sources import (
 from datamodules.shapes import Scenes
 from datamodules.shapes_options import SceneOptions
 from datamodules.sources import unknown_name
+from lightning_modules.arguments import demand_at_least
 
 DATASETS = ("shapes", "camvid", "broden")
 SCENES = SceneOptions()
@@ -32,7 +32,7 @@ FIRST_PROBED = 2 * 10**9
 DRAWN_AT_ONCE = 256
 
 
-class ProbingDataModule(AdversariaDataModule):
+class ProbingDataModule(EvaluationDataModule):
     """Images with the masks of concepts; for ``train.py test`` only.
 
     The test loaders are the images alone, then the same images with their concepts: a threshold needs all activations
@@ -75,6 +75,8 @@ class ProbingDataModule(AdversariaDataModule):
         RuntimeError: damaged data.
     """
 
+    holds = "a set to look into a network with"
+
     def __init__(
         self,
         dataset: str = "shapes",
@@ -107,14 +109,8 @@ class ProbingDataModule(AdversariaDataModule):
                 )
         if limit is not None and dataset == "shapes":
             raise ValueError(f"limit={limit} does not apply to shapes; use --data.shapes_test")
-        for name, value in (
-            ("image_size", image_size),
-            ("limit", limit),
-            ("shapes_train", shapes_train),
-            ("shapes_test", shapes_test),
-        ):
-            if value is not None and not 1 <= value <= 10**9:
-                raise ValueError(f"{name}={value} must be at least 1 and at most {10**9}")
+        demand_at_least(1, most=10**9, image_size=image_size, limit=limit)
+        demand_at_least(1, most=10**9, shapes_train=shapes_train, shapes_test=shapes_test)
         if frame_scale is not None and not 0 < frame_scale <= 1:
             raise ValueError(f"frame_scale={frame_scale} must be in (0, 1]")
         self.dataset = dataset
@@ -161,9 +157,7 @@ class ProbingDataModule(AdversariaDataModule):
         """What was probed, in plain values for the results."""
         of_set: dict[str, Any] = {"limit": self.limit}
         if self.dataset == "shapes":
-            options = {
-                k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.shapes).items()
-            }
+            options = self.shapes.plain()
             of_set = {"shapes": options, "shapes_seed": self.shapes_seed}
         elif self.dataset == "camvid":
             of_set |= {"image_size": self.image_size, "frame_scale": self.frame_scale}
@@ -176,7 +170,7 @@ class ProbingDataModule(AdversariaDataModule):
     def prepare_data(self) -> None:
         """Makes sure that the files are there before anything starts."""
         if self.trainer is not None and self.trainer.state.fn not in (TrainerFn.TESTING, None):
-            self._only_test()
+            self._refuse()
         if self.dataset == "camvid":
             list_frames(Path(self.root).expanduser())
         elif self.dataset == "broden":
@@ -185,7 +179,7 @@ class ProbingDataModule(AdversariaDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the probing set."""
         if stage not in ("test", None):
-            self._only_test()
+            self._refuse()
         if self.probing is None:
             if self.dataset == "shapes":
                 self.probing = SceneProbing(self._scenes(FIRST_PROBED, self.shapes_test))
@@ -215,24 +209,6 @@ class ProbingDataModule(AdversariaDataModule):
             sampler: Any = loader.sampler
             sampler.skip = len(sampler)
         return loaders
-
-    def train_dataloader(self) -> NoReturn:
-        """Raises ValueError: networks are trained elsewhere."""
-        self._only_test()
-
-    def val_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to validate on."""
-        self._only_test()
-
-    def predict_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to predict."""
-        self._only_test()
-
-    def _only_test(self) -> NoReturn:
-        raise ValueError(
-            f"{type(self).__name__} holds a set to look into a network with, none to train, validate or predict on; "
-            "use train.py test"
-        )
 
     def _scenes(self, start: int, count: int) -> Scenes:
         return Scenes(self.shapes, self.shapes_seed, count, start)

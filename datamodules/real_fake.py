@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.base import AdversariaDataModule
+from datamodules.base import EvaluationDataModule
 from datamodules.datasets import (
     BatchDataset,
     FeatureDataset,
@@ -27,6 +27,8 @@ from datamodules.sources import (
     prepare_source,
     unknown_name,
 )
+from lightning_modules.arguments import demand_at_least
+from lightning_modules.files import UnreadableError, read_array, read_tensors
 from lightning_modules.randomness import mix
 
 FEATURE_SUFFIXES = (".npy", ".pt", ".pth")
@@ -59,7 +61,7 @@ class NamedSet:
     without: bool = False
 
 
-class RealFakeDataModule(AdversariaDataModule):
+class RealFakeDataModule(EvaluationDataModule):
     """The two sets that a generative metric compares; for ``train.py test`` only.
 
     Each set is one of
@@ -100,6 +102,8 @@ class RealFakeDataModule(AdversariaDataModule):
         RuntimeError: a file cannot be read.
     """
 
+    holds = "two sets to compare"
+
     def __init__(
         self,
         real: str,
@@ -112,9 +116,7 @@ class RealFakeDataModule(AdversariaDataModule):
         download: bool = False,
     ) -> None:
         super().__init__(eval_batch_size=eval_batch_size, num_workers=num_workers)
-        for name, value in (("image_size", image_size), ("limit", limit)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        demand_at_least(1, image_size=image_size, limit=limit)
         # Not to the loggers: Lightning refuses to merge them with a module's own image_size or limit.
         self.save_hyperparameters(logger=False)
         self.real = real
@@ -145,7 +147,7 @@ class RealFakeDataModule(AdversariaDataModule):
     def prepare_data(self) -> None:
         """Downloads if asked to, and checks the header of every picture before anything starts."""
         if self.trainer is not None and self.trainer.state.fn not in (TrainerFn.TESTING, None):
-            self._only_test()
+            self._refuse()
         for given in self._given.values():
             if isinstance(given, NamedSet):
                 prepare_source(given.source, self.root, given.train, self.download)
@@ -172,7 +174,7 @@ class RealFakeDataModule(AdversariaDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Opens the sets: lists the pictures of folders, reads features and sources."""
         if stage not in ("test", None):
-            self._only_test()
+            self._refuse()
         if self.real_set is None:
             self._demand_one_kind()
             sets = {role: self._open(role) for role in self._given}
@@ -185,24 +187,6 @@ class RealFakeDataModule(AdversariaDataModule):
         assert self.real_set is not None, "setup('test') comes first"
         sets = [self.real_set] if self.fake_set is None else [self.real_set, self.fake_set]
         return [self.eval_loader(part) for part in sets]
-
-    def train_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to train on."""
-        self._only_test()
-
-    def val_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to validate on."""
-        self._only_test()
-
-    def predict_dataloader(self) -> NoReturn:
-        """Raises ValueError: there is nothing to predict."""
-        self._only_test()
-
-    def _only_test(self) -> NoReturn:
-        raise ValueError(
-            f"{type(self).__name__} holds two sets to compare, none to train, validate or predict "
-            "on; use train.py test"
-        )
 
     def _demand_one_kind(self) -> None:
         """Before anything is read: a mistake here must not cost a pass over all pictures."""
@@ -282,14 +266,11 @@ def read_features(path: Path, option: str) -> Tensor:
     """
     name = f"{option} {path}"
     mend = "save one array or tensor [N, D]"
+    read: Any = read_array if path.suffix.lower() == ".npy" else read_tensors
     try:
-        if path.suffix.lower() == ".npy":
-            # Copy-on-write, since torch does not like read-only memory.
-            found: Any = np.load(path, mmap_mode="c", allow_pickle=False)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in the reader's own way
-        raise RuntimeError(f"{name} cannot be read ({_first_line(error)}); {mend}") from error
+        found = read(path, "file of features")
+    except UnreadableError as error:
+        raise UnreadableError(f"{option} {error}; {mend}") from error
     if isinstance(found, dict):
         if "features" not in found:
             raise ValueError(f"{name} is a dict without 'features'; it has {list(found)[:10]}")
@@ -383,7 +364,3 @@ def _demand_one_shape(
         f"and {other_name} is {other[2]}x{other[1]} (width x height); use --data.image_size N to squeeze "
         "all to NxN"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

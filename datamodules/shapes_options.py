@@ -1,8 +1,9 @@
 """What the procedural scenes may show."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 
@@ -171,6 +172,10 @@ class SceneOptions:
         """Side of a square as large as the smallest object's box, as a fraction of the image's."""
         return float(np.sqrt(min(SIZES[size][0] for size in self.sizes) * self.crowding))
 
+    def plain(self) -> dict[str, Any]:
+        """The options in plain values, for results and checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
     def values(self, factor: str) -> tuple[str, ...]:
         """The values that a factor may take, in the order of their numbers."""
         return {
@@ -180,3 +185,26 @@ class SceneOptions:
             "size": self.sizes,
             "border": self.borders,
         }[factor]
+
+
+def scenes_and_side(
+    drawn: bool, shapes: SceneOptions | dict[str, Any], image_size: int | None, of_files: int
+) -> tuple[SceneOptions, int]:
+    """The options of the scenes, and the side of the images of a data set that is drawn or made of files.
+
+    Args:
+        drawn: whether the data are scenes.
+        shapes: as given, a dict where they come out of a checkpoint.
+        image_size: as given for pictures of files; scenes have a size of their own.
+        of_files: side of pictures of files where none is given.
+
+    Raises:
+        ValueError: a size is given for scenes.
+    """
+    options = SceneOptions(**shapes) if isinstance(shapes, dict) else shapes
+    if drawn and image_size not in (None, options.image_size):
+        raise ValueError(
+            f"image_size={image_size} is the size of pictures in files; for scenes use "
+            f"--data.shapes.image_size {image_size}"
+        )
+    return options, options.image_size if drawn else of_files if image_size is None else image_size

@@ -28,6 +28,7 @@ from datamodules.unpaired_sources import (
     Sizing,
     common_size,
 )
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import keyed_generator
 
 DATASETS = ("shapes", "folder", "camvid", "digits", "mnist")
@@ -190,18 +191,17 @@ class UnpairedDataModule(AdversariaDataModule):
             raise ValueError(
                 f"val_fraction={val_fraction} is a fraction below 1; use e.g. 0.1, or 0 to train on all"
             )
-        if cache_limit < 0:
-            raise ValueError(f"cache_limit={cache_limit} must be at least 0 (GiB)")
+        demand_at_least(0, cache_limit=cache_limit)
         loaded = load_size or (DIGIT_SIZE if digits else LOAD_SIZE)
         sizing = Sizing(preprocess, loaded, crop_size or (loaded if digits else CROP_SIZE))
-        for name, count in (
-            ("load_size", loaded if load_size is None else load_size),
-            ("crop_size", sizing.crop_size if crop_size is None else crop_size),
-            *(("shapes_train", shapes_train), ("shapes_val", shapes_val)),
-            ("shapes_test", shapes_test),
-        ):
-            if not 1 <= count <= 10**9:
-                raise ValueError(f"{name}={count} must be at least 1 and at most {10**9}")
+        demand_at_least(1, most=10**9, load_size=load_size, crop_size=crop_size)
+        demand_at_least(
+            1,
+            most=10**9,
+            shapes_train=shapes_train,
+            shapes_val=shapes_val,
+            shapes_test=shapes_test,
+        )
         if preprocess.endswith("_and_crop") and sizing.crop_size > sizing.load_size:
             raise ValueError(
                 f"crop_size={sizing.crop_size} is larger than load_size={sizing.load_size}, out of "
@@ -271,10 +271,7 @@ class UnpairedDataModule(AdversariaDataModule):
         of_set: dict[str, Any] = {**asdict(self.sizing), "val_fraction": self.val_fraction}
         if isinstance(self._domains, SceneDomains):
             of_set = {
-                name: {
-                    k: list(v) if isinstance(v, tuple) else v
-                    for k, v in asdict(self._domains.options[self._source_side(side)]).items()
-                }
+                name: self._domains.options[self._source_side(side)].plain()
                 for name, side in (("shapes_a", "a"), ("shapes_b", "b"))
             }
             of_set["shapes_seed"] = self._domains.seed
@@ -290,20 +287,12 @@ class UnpairedDataModule(AdversariaDataModule):
             "counts": {name: len(images) for name, images in sets.items() if images is not None},
         }
 
-    def prepare_data(self) -> None:
+    def check_files(self, stage: TrainerFn | None) -> None:
         """Downloads if asked to, and makes sure that the files are there before anything starts."""
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        if stage == TrainerFn.PREDICTING and self.predict_folder is not None:
-            pictures_to_predict(self.predict_folder)
-        else:
-            self._domains.check(parts_of(stage))
+        self._domains.check(parts_of(stage))
 
-    def setup(self, stage: str | None = None) -> None:
+    def open_parts(self, stage: str | None) -> None:
         """Opens what the stage needs; what was opened before is kept."""
-        if stage == "predict" and self.predict_folder is not None:
-            if self.pictures is None:
-                self.pictures = self._open_folder(self.predict_folder)
-            return
         parts = [part for part in parts_of(stage) if getattr(self, f"{part}_a") is None]
         if not parts:
             return
@@ -365,12 +354,11 @@ class UnpairedDataModule(AdversariaDataModule):
         if not state_dict:
             return
         then = state_dict["image_channels"]
-        if self.trainer is not None and (
-            self.trainer.state.fn == TrainerFn.PREDICTING and self.predict_folder is not None
-        ):
+        if self.predicts_folder:
             if then != self.image_channels:
                 self.image_channels = then
-                self.pictures = self._open_folder(self.predict_folder)
+                self.pictures = None
+                self.setup("predict")
             return
         if then != self.image_channels:
             raise ValueError(
@@ -406,7 +394,8 @@ class UnpairedDataModule(AdversariaDataModule):
                     f"use --data.batch_size {world}, or --data.preprocess resize_and_crop"
                 )
 
-    def _open_folder(self, folder: str) -> DomainDataset:
+    def open_folder(self, folder: str) -> DomainDataset:
+        """The pictures of a folder, of ``predict_domain``."""
         files = pictures_to_predict(folder)
         reader = PictureReader(self.image_channels or 3)
         size = common_size(picture_sizes(files, folder, "checking pictures"), reader)

@@ -1,13 +1,29 @@
 """Fills in the parts of the Markdown pages that are made from code and results, so that they cannot disagree with them.
 
-python docs/generate.py           # rewrites README.md and docs/**/*.md
-python docs/generate.py --check   # names what is out of date, for the tests
+python docs/generate.py               # rewrites README.md and docs/**/*.md
+python docs/generate.py --check       # names what is out of date, for the tests
+python docs/generate.py --runs RUNS   # collects docs/results/*.json and the pictures of the gallery from runs first
 
 A part stands between two comments, the first of which says how it is made::
 
     <!-- begin source lightning_modules/ognet/module.py OGNet.training_step -->
     ...
     <!-- end -->
+
+``source FILE NAME``
+    a class, function or method as it stands
+``results``
+    the table of the collection, from ``docs/papers.yaml`` and ``docs/results/``
+``gallery``
+    a picture of each paper
+``result EXPERIMENT METRICS SCORES``
+    mean ± std over the runs: ``result osrci-digits auroc:AUROC,openauc:OSCR msp:softmax_threshold,margin``
+``runs EXPERIMENT METRIC SCORES``
+    every single run: ``runs ognet-digits auc phase_one,ognet:OGNet``
+``conditions EXPERIMENT``
+    the command, seeds, machine and versions of these numbers
+
+METRICS and SCORES are ``name[:title],...`` of keys ``test/SCORE/METRIC``; underscores in titles are shown as spaces.
 """
 
 import argparse
@@ -19,6 +35,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # a script finds only what lies beside it
+
+from docs import gallery, results  # noqa: E402
+
 PART = re.compile(
     r"(?P<begin><!-- begin (?P<kind>\S+)(?P<arguments>[^\n]*?) -->\n)(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
@@ -55,7 +75,14 @@ def source(path: str, name: str) -> str:
     return "\n".join(["```python", textwrap.dedent("\n".join(lines)), "```"])
 
 
-KINDS: dict[str, Callable[..., str]] = {"source": source}
+KINDS: dict[str, Callable[..., str]] = {
+    "source": source,
+    "results": results.table,
+    "gallery": gallery.gallery,
+    "result": results.result,
+    "runs": results.runs,
+    "conditions": results.conditions,
+}
 """What makes a part, by the word after ``begin``; takes the words that follow it."""
 
 
@@ -88,7 +115,14 @@ def main() -> None:
     """Rewrites the pages, or with ``--check`` ends with an error that names those that are out of date."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--runs", type=Path, metavar="RUNS", help="folder of finished runs")
+    arguments = parser.parse_args()
+    check = arguments.check
+    if arguments.runs is not None:
+        from train import rehearse  # everything; only for this
+
+        for path in [*results.collect(arguments.runs, rehearse), *gallery.collect(arguments.runs)]:
+            print(f"wrote {path.relative_to(ROOT)}")
     stale = []
     for page in pages():
         text = page.read_text()

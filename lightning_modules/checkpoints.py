@@ -1,11 +1,13 @@
-"""A module read from a checkpoint without being told its class, to be used and not trained."""
+"""Checkpoints read: a module of this collection without being told its class, and weights of the released codes."""
 
 from contextvars import Context
 from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor
 
+from lightning_modules.files import read_tensors
 from lightning_modules.paper import PaperModule
 
 
@@ -24,12 +26,8 @@ def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; give one by {option} FILE")
-    try:
-        name = torch.load(path, map_location="cpu", weights_only=True).get("module_class")
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-        ) from error
+    written = read_tensors(path, f"checkpoint ({option})")
+    name = written.get("module_class") if isinstance(written, dict) else None
     found = [kind for kind in _descendants(PaperModule) if kind.__name__ == name]
     if not found:
         raise RuntimeError(
@@ -45,6 +43,32 @@ def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
             found[0].load_from_checkpoint, path, map_location="cpu", weights_only=True
         )
     return cast(PaperModule, module.eval().requires_grad_(False))
+
+
+def read_reference_state(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict of a network in a file of a released code, on the CPU.
+
+    Args:
+        path: of the file.
+        key: under which the file has it; None: it is all there is in the file.
+
+    Returns:
+        Weights by name, without the ``module.`` that networks saved from DataParallel have before it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: it cannot be read, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    stored = read_tensors(path)
+    state = stored if key is None or not isinstance(stored, dict) else stored.get(key)
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise RuntimeError(
+            f"{path} does not hold the weights of a network{f' under {key}' if key else ''}"
+        )
+    return {name.removeprefix("module."): value.detach() for name, value in state.items()}
 
 
 def _descendants(kind: type[PaperModule]) -> list[type[PaperModule]]:

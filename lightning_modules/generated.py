@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_modules.checkpoints import load_frozen
+from lightning_modules.nn.pixels import in_8_bits
 from lightning_modules.paper import PaperModule
 
 
@@ -50,8 +51,7 @@ def generated_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (numbers, images), the images rounded to 8 bits as those that were ever saved to a file."""
     for part in indices.split(batch_size):
-        images = module.generate(kind, part)
-        yield part, images.float().mul(255).round().clamp(0, 255).div(255)
+        yield part, in_8_bits(module.generate(kind, part))
 
 
 def load_generator(path: str | Path) -> PaperModule:

@@ -27,6 +27,7 @@ class NamedClasses(PaperModule):
             FileNotFoundError: the pretrained weights are not on this machine and no checkpoint replaces them.
             ValueError: if the data have another number of classes.
         """
+        super().setup(stage)
         if self.trainer.ckpt_path is None:
             self.require_weights()
         data = getattr(self.trainer, "datamodule", None)

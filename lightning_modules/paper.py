@@ -58,6 +58,34 @@ class PaperModule(LightningModule):
         """The constructor arguments."""
         return self.hparams
 
+    def batches_in_epoch(self, epoch: int) -> int | None:
+        """How many batches an epoch has; None: as many as the data have."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Has the loaders made anew for every epoch where epochs have lengths of their own."""
+        if stage == "fit" and type(self).batches_in_epoch is not PaperModule.batches_in_epoch:
+            trainer: Any = self.trainer
+            trainer.reload_dataloaders_every_n_epochs = 1
+
+    def demand_as_in_data(self, **attributes: str) -> None:
+        """Checks arguments that model and data must agree on.
+
+        Args:
+            **attributes: for each argument of the model the attribute of the DataModule; what that lacks, or has as
+                None, is not checked.
+
+        Raises:
+            ValueError: they differ.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        for name, attribute in attributes.items():
+            value = getattr(data, attribute, None)
+            if value is not None and value != self.hp[name]:
+                raise ValueError(
+                    f"the model has {name}={self.hp[name]}, the data have {value}; set --model.{name} {value}"
+                )
+
     def configure_callbacks(self) -> list[Callback]:
         """Makes running statistics equal after each batch, before any checkpoint callback can save them."""
         # Lightning asks again for the test after a training, and would announce that it replaces the first one.

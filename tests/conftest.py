@@ -32,8 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = item.path.stem
         parameters = getattr(item, "callspec", None)
         if item.path.parent.name == "suites" and parameters is not None:
-            shared = parameters.params.get("uninterrupted")
-            group = shared.name if shared else item.nodeid
+            prepared = [parameters.params.get(name) for name in ("uninterrupted", "recorded")]
+            group = next((f"{group}/{member.name}" for member in prepared if member), item.nodeid)
         item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{group}"))
 
 

@@ -49,7 +49,7 @@ def results(
                 *["--data.shapes_train", "3000", "--data.shapes_test", str(args.test_images)],
                 *["--model.total_steps", str(args.steps), "--model.steps_per_epoch", "100"],
                 *["--model.decay_steps", str(args.steps // 200 * 100)],
-                *["--model.g_conv_dim", str(args.width), "--model.d_conv_dim", str(args.width)],
+                *["--model.ngf", str(args.width), "--model.ndf", str(args.width)],
                 *["--trainer.check_val_every_n_epoch", str(args.steps)],
                 *["--trainer.enable_progress_bar", "false"],
             ]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.nn.maps import normalize_map
+from lightning_modules.nn.precision import at_least_float32
 
 RestLoss = Literal["rest", "complement"]
 Reduction = Literal["mean", "sum", "none"]
@@ -39,7 +40,7 @@ def rest_cross_entropy(
     classes = logits.shape[1]
     if classes < 2:
         raise ValueError("rest_cross_entropy needs at least 2 classes: with one there is no rest")
-    logits = logits.to(_at_least_float32(logits))
+    logits = at_least_float32(logits)
     labelled = F.one_hot(target, classes).bool()
     match kind:
         case "rest":
@@ -119,7 +120,7 @@ def erase_mask(attention: Tensor, threshold: float, inclusive: bool = True) -> T
     Returns:
         Bool [B, H, W], False where the location is erased.
     """
-    attention = attention.to(_at_least_float32(attention))
+    attention = at_least_float32(attention)
     return attention < threshold if inclusive else attention <= threshold
 
 
@@ -139,7 +140,3 @@ def erase_features(
     """
     keep = erase_mask(attention.detach(), threshold, inclusive)
     return features.masked_fill(~keep[:, None], 0)
-
-
-def _at_least_float32(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)

@@ -13,7 +13,7 @@ import math
 import string
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from lightning_modules.acol.networks import (
     Stage,
     build_backbone,
 )
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.boxes import boxes_from_map
 from lightning_modules.metrics.localization import (
     LocalizationError,
@@ -39,9 +40,11 @@ from lightning_modules.metrics.localization import (
 from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.norm import Norm
+from lightning_modules.table_rows import TableRows
 
 ClassifyWith = Literal["a", "b", "mean"]
 EraseClass = Literal["each", "predicted", "label"]
+Schedule = Literal["step", "one_cycle"]
 
 DEFAULT_THRESHOLD = 0.2
 
@@ -60,7 +63,7 @@ class Localization(NamedTuple):
     """[B, T, h, w] in [0, 1], at the resolution of the features."""
 
 
-class ACoL(NamedClasses):
+class ACoL(TableRows, NamedClasses):
     """Backbone, chain of classifiers, and on demand a CAM baseline beside it on the same batches.
 
     Args:
@@ -135,7 +138,7 @@ class ACoL(NamedClasses):
         momentum: float = 0.9,
         nesterov: bool = True,
         epochs: int = 60,
-        lr_schedule: Literal["step", "one_cycle"] = "step",
+        lr_schedule: Schedule = "step",
         decay_epochs: list[int] | None = None,
         decay_factor: float = 0.1,
     ) -> None:
@@ -167,22 +170,22 @@ class ACoL(NamedClasses):
             inclusive=not variant if inclusive is None else inclusive,
             **options,
         )
-        self.rows = {f"stage_{s}": f"stage {s.upper()} alone" for s in self.stage_names}
+        titles = {f"stage_{s}": f"stage {s.upper()} alone" for s in self.stage_names}
         if len(self.chain) == 1:
-            self.rows = {}
-        self.rows["fused"] = {"acol": "ACoL", "cam": "CAM"}.get(recipe, f"chain {recipe}")
+            titles = {}
+        titles["fused"] = {"acol": "ACoL", "cam": "CAM"}.get(recipe, f"chain {recipe}")
         if cam_baseline:
             self.cam = ErasingNetwork(copy.deepcopy(trunk), recipe="p", deltas=(), **options)
             self.cam.heads[0].load_state_dict(self.network.heads[0].state_dict())
-            self.rows = {"cam": "CAM", **self.rows}
+            titles = {"cam": "CAM", **titles}
+        self.row_titles = titles
+        self.add_rows(list(titles))
         self.class_names = [str(k) for k in range(num_classes)]
         for stage in ("val", "test"):
             metrics = {
                 row: MulticlassAccuracy(num_classes, average="micro") for row in self.classifiers
             }
             setattr(self, f"{stage}_accuracy", nn.ModuleDict(metrics))
-        self.box_thresholds: Tensor
-        self.register_buffer("box_thresholds", torch.full((len(self.rows),), torch.nan))
         kinds: dict[str, Any] = {
             "val_boxes": MaxBoxAcc,
             "test_boxes": MaxBoxAcc,
@@ -201,20 +204,13 @@ class ACoL(NamedClasses):
 
     def _check_arguments(self) -> None:
         hp = self.hp
-        for name, least in (("num_classes", 2), ("epochs", 1), ("head_width", 1), ("width", 1)):
-            if hp[name] < least:
-                raise ValueError(f"{name}={hp[name]} must be at least {least} (--model.{name})")
-        choices = {
-            "classify_with": ClassifyWith,
-            "erase_class": EraseClass,
-            "rest_loss": RestLoss,
-            "lr_schedule": Literal["step", "one_cycle"],
-        }
-        for name, allowed in choices.items():
-            if hp[name] not in get_args(allowed):
-                raise ValueError(
-                    f"unknown {name}={hp[name]!r} (--model.{name}); choose one of {', '.join(get_args(allowed))}"
-                )
+        demand_at_least(2, option="--model.", num_classes=hp.num_classes)
+        sizes = {name: hp[name] for name in ("epochs", "head_width", "width")}
+        demand_at_least(1, option="--model.", **sizes)
+        demand_choice(ClassifyWith, option="--model.", classify_with=hp.classify_with)
+        demand_choice(EraseClass, option="--model.", erase_class=hp.erase_class)
+        demand_choice(RestLoss, option="--model.", rest_loss=hp.rest_loss)
+        demand_choice(Schedule, option="--model.", lr_schedule=hp.lr_schedule)
         if hp.classify_with == "b" and self.chain[1:2] != "p":
             raise ValueError(
                 f"classify_with='b' needs a second stage that learns the label; recipe={hp.recipe!r} has none: set "
@@ -227,11 +223,6 @@ class ACoL(NamedClasses):
             )
 
     @property
-    def total_epochs(self) -> int:
-        """Length of the training."""
-        return self.hp.epochs
-
-    @property
     def stage_names(self) -> str:
         """A letter a stage, from ``a``."""
         return string.ascii_lowercase[: len(self.chain)]
@@ -239,38 +230,13 @@ class ACoL(NamedClasses):
     @property
     def classifiers(self) -> dict[str, str]:
         """Rows that classify on their own; the other rows have the probabilities of ``fused``."""
-        return {row: title for row, title in self.rows.items() if row in ("cam", "fused")}
+        return {row: title for row, title in self.row_titles.items() if row in ("cam", "fused")}
 
-    # ------------------------------------------------------------------ training
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Sum of the losses of all stages, and of the baseline, which shares no parameter with them."""
-        images, labels = batch["image"], batch["label"]
-        stages = self.network(self.network.features(images), labels)
-        losses = self.stage_losses(stages, labels)
-        terms = {f"loss_{name}": loss for name, loss in zip(self.stage_names, losses, strict=True)}
-        total = terms["loss"] = torch.stack(losses).sum()
-        for name, stage in zip(self.stage_names[1:], stages[1:], strict=True):
-            terms[f"erased_{name}"] = 1 - stage.visible.float().mean()
-        if self.hp.cam_baseline:
-            (alone,) = self.cam(self.cam.features(images), labels)
-            terms["cam_loss"] = F.cross_entropy(alone.logits, labels)
-            total = total + terms["cam_loss"]
-        self.losses = {name: value.detach() for name, value in terms.items()}
-        return total
-
-    def stage_losses(self, stages: Sequence[Stage], labels: Tensor) -> list[Tensor]:
-        """Cross entropy of ``p`` stages, rest cross entropy of ``n`` stages; batch means.
-
-        Args:
-            stages: of the network.
-            labels: [B].
-        """
-        return [
-            F.cross_entropy(stage.logits, labels)
-            if kind == "p"
-            else rest_cross_entropy(stage.logits, labels, kind=self.hp.rest_loss)
-            for stage, kind in zip(stages, self.chain, strict=True)
-        ]
+    # ------------------------------------------------------------------ schedule
+    @property
+    def total_epochs(self) -> int:
+        """Length of the training."""
+        return self.hp.epochs
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weights and biases of backbone and heads, with the rates of the released code; the baseline's after them."""
@@ -322,6 +288,37 @@ class ACoL(NamedClasses):
         share, momentum = one_cycle(self.batches_done, length)
         for group in trainer.optimizers[0].param_groups:
             group["lr"], group["momentum"] = share * group["peak_lr"], momentum
+
+    # ------------------------------------------------------------------ training
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Sum of the losses of all stages, and of the baseline, which shares no parameter with them."""
+        images, labels = batch["image"], batch["label"]
+        stages = self.network(self.network.features(images), labels)
+        losses = self.stage_losses(stages, labels)
+        terms = {f"loss_{name}": loss for name, loss in zip(self.stage_names, losses, strict=True)}
+        total = terms["loss"] = torch.stack(losses).sum()
+        for name, stage in zip(self.stage_names[1:], stages[1:], strict=True):
+            terms[f"erased_{name}"] = 1 - stage.visible.float().mean()
+        if self.hp.cam_baseline:
+            (alone,) = self.cam(self.cam.features(images), labels)
+            terms["cam_loss"] = F.cross_entropy(alone.logits, labels)
+            total = total + terms["cam_loss"]
+        self.losses = {name: value.detach() for name, value in terms.items()}
+        return total
+
+    def stage_losses(self, stages: Sequence[Stage], labels: Tensor) -> list[Tensor]:
+        """Cross entropy of ``p`` stages, rest cross entropy of ``n`` stages; batch means.
+
+        Args:
+            stages: of the network.
+            labels: [B].
+        """
+        return [
+            F.cross_entropy(stage.logits, labels)
+            if kind == "p"
+            else rest_cross_entropy(stage.logits, labels, kind=self.hp.rest_loss)
+            for stage, kind in zip(stages, self.chain, strict=True)
+        ]
 
     # ------------------------------------------------------------------ classes and maps
     def classify(self, images: Tensor) -> Tensor:
@@ -402,26 +399,20 @@ class ACoL(NamedClasses):
         return {row: localization.maps[:, 0] for row, localization in found.items()}
 
     # ------------------------------------------------------------------ evaluation
-    @property
-    def row_thresholds(self) -> dict[str, float | None]:
-        """The threshold of each row that was best on the validation boxes; None before there was one."""
-        values = self.box_thresholds.tolist()
-        return {row: v if v == v else None for row, v in zip(self.rows, values, strict=True)}
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Feeds the metrics of the validation data."""
         self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Chooses the thresholds that turn maps into boxes (MaxBoxAcc at IoU 0.5)."""
-        for position, (row, metric) in enumerate(self.val_boxes.items()):
+        for row, metric in self.val_boxes.items():
             if not self._seen(metric.count):
                 continue
             values = metric.compute()
             metric.reset()
             if self.trainer.sanity_checking:
                 continue
-            self.box_thresholds[position] = values["threshold@50"]
+            self.set_threshold(row, values["threshold@50"])
             names = ("max_box_acc", "threshold@50")
             self.log_dict({f"val/{row}/{name}": values[name].float() for name in names})
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.nn.gradient_penalty import gradient_penalty as slope_penalty
+from lightning_modules.nn.precision import at_least_float32
 
 Objective = Literal["lsgan", "vanilla", "wgangp"]
 Convention = Literal["end_of_epoch", "start_of_epoch"]
@@ -33,7 +34,7 @@ def adversarial_loss(pred: Tensor, target_is_real: bool, mode: Objective = "lsga
     Raises:
         ValueError: another objective.
     """
-    pred = _at_least_float32(pred)
+    pred = at_least_float32(pred)
     sign = -1 if target_is_real else 1
     match mode:
         case "lsgan":
@@ -184,8 +185,4 @@ def _mean_difference(first: Tensor, second: Tensor) -> Tensor:
             f"images {list(first.shape)} and {list(second.shape)} must have the same shape; translate_any_size "
             "keeps that of its input"
         )
-    return (_at_least_float32(first) - _at_least_float32(second)).abs().mean()
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype.itemsize >= 4 else x.float()
+    return (at_least_float32(first) - at_least_float32(second)).abs().mean()

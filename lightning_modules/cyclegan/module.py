@@ -20,6 +20,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.cyclegan.losses import (
     Convention,
     Objective,
@@ -37,6 +38,7 @@ from lightning_modules.cyclegan.networks import (
 )
 from lightning_modules.cyclegan.pool import ImagePool
 from lightning_modules.nn.norm import Norm
+from lightning_modules.nn.pixels import mean_difference
 from lightning_modules.randomness import keyed_generator
 
 Direction = Literal["AtoB", "BtoA"]
@@ -73,7 +75,7 @@ class CycleGAN(AdversarialModule):
         init_gain: standard deviation or gain of the drawn weights.
         objective: of the adversarial game. ``wgangp`` has a gradient penalty here; in the released code its critic is
             unconstrained.
-        gradient_penalty_weight: of that penalty.
+        lambda_gp: of that penalty.
         lambda_A: weight of the cycle A to B to A.
         lambda_B: weight of the cycle B to A to B.
         lambda_identity: weight of the identity terms relative to the cycles; 0 saves a third of the generators' work.
@@ -112,7 +114,7 @@ class CycleGAN(AdversarialModule):
         init: Literal["normal", "xavier", "kaiming", "orthogonal"] = "normal",
         init_gain: float = 0.02,
         objective: Objective = "lsgan",
-        gradient_penalty_weight: float = 10.0,
+        lambda_gp: float = 10.0,
         lambda_A: float = 10.0,
         lambda_B: float = 10.0,
         lambda_identity: float = 0.5,
@@ -128,20 +130,8 @@ class CycleGAN(AdversarialModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=self.fixed_arguments)
-        if lambda_identity > 0 and channels_a != channels_b:
-            raise ValueError(
-                f"identity terms need equal channels, not channels_a={channels_a} and channels_b={channels_b}; "
-                "set --model.lambda_identity 0"
-            )
-        if n_epochs < 0 or n_epochs_decay < 0 or n_epochs + n_epochs_decay < 1:
-            raise ValueError(
-                f"n_epochs={n_epochs} and n_epochs_decay={n_epochs_decay} must be at least 1 together, none negative"
-            )
-        weights = {"lambda_A": lambda_A, "lambda_B": lambda_B, "lambda_identity": lambda_identity}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name}={weight} must not be negative")
         self.cycle_weights = (lambda_A, lambda_B)
+        self._check_arguments()
         if objective == "wgangp":
             self.gradient_penalised = ("discriminator_a", "discriminator_b")
 
@@ -161,6 +151,20 @@ class CycleGAN(AdversarialModule):
         self.pool_a = ImagePool(pool_size)
         self.pool_b = ImagePool(pool_size)
         self._found: dict[str, list[dict[str, Tensor]]] = {"a": [], "b": []}
+
+    def _check_arguments(self) -> None:
+        hp, (lambda_A, lambda_B) = self.hp, self.cycle_weights
+        if hp.lambda_identity > 0 and hp.channels_a != hp.channels_b:
+            raise ValueError(
+                f"identity terms need equal channels, not channels_a={hp.channels_a} and channels_b={hp.channels_b}; "
+                "set --model.lambda_identity 0"
+            )
+        if min(hp.n_epochs, hp.n_epochs_decay) < 0 or hp.n_epochs + hp.n_epochs_decay < 1:
+            raise ValueError(
+                f"n_epochs={hp.n_epochs} and n_epochs_decay={hp.n_epochs_decay} must be at least 1 together, none "
+                "negative"
+            )
+        demand_at_least(0, lambda_A=lambda_A, lambda_B=lambda_B, lambda_identity=hp.lambda_identity)
 
     def _discriminator(self, channels: int) -> nn.Module:
         hp = self.hp
@@ -214,18 +218,18 @@ class CycleGAN(AdversarialModule):
         """
         hp = self.hp
         with self.update("generators") as minimize:
-            fake_b, fake_a = self.generate(a, "AtoB"), self.generate(b, "BtoA")
+            fake_b, fake_a = self.translate_raw(a, "AtoB"), self.translate_raw(b, "BtoA")
             identities: dict[str, Tensor] = {}
             if hp.lambda_identity > 0:
                 identities = {
-                    "idt_A": self.generate(b, "AtoB"),
-                    "idt_B": self.generate(a, "BtoA"),
+                    "idt_A": self.translate_raw(b, "AtoB"),
+                    "idt_B": self.translate_raw(a, "BtoA"),
                 }
             terms = cyclegan_generator_losses(
                 a,
                 b,
-                self.generate(fake_b, "BtoA"),
-                self.generate(fake_a, "AtoB"),
+                self.translate_raw(fake_b, "BtoA"),
+                self.translate_raw(fake_a, "AtoB"),
                 self.discriminator_b(fake_b),
                 self.discriminator_a(fake_a),
                 **identities,
@@ -269,7 +273,7 @@ class CycleGAN(AdversarialModule):
         if hp.objective == "wgangp":
             alpha = self.draw(f"alpha {side}", "uniform", len(real))
             penalty = gradient_penalty(critic, real, fake, alpha)
-            losses[f"penalty_{side}"] = hp.gradient_penalty_weight * penalty
+            losses[f"penalty_{side}"] = hp.lambda_gp * penalty
         return losses
 
     def _from_pool(self, side: str, fake: Tensor) -> Tensor:
@@ -301,7 +305,7 @@ class CycleGAN(AdversarialModule):
             else images
         )
 
-    def generate(self, x: Tensor, direction: Direction) -> Tensor:
+    def translate_raw(self, x: Tensor, direction: Direction) -> Tensor:
         """Translations [B, C', H, W] in [-1, 1] of images [B, C, H, W] in [-1, 1] of any size, with gradients."""
         name = "generator_ab" if direction == "AtoB" else "generator_ba"
         # Outside a training a running average of the generator, where there is one, stands for it.
@@ -318,8 +322,9 @@ class CycleGAN(AdversarialModule):
         """
         if direction not in ("AtoB", "BtoA"):
             raise ValueError(f"direction={direction!r} must be AtoB or BtoA")
-        return (self.generate(self.to_network(images), direction) + 1) / 2
+        return (self.translate_raw(self.to_network(images), direction) + 1) / 2
 
+    # ------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What there is to say about each image of an evaluation batch, [B] each."""
@@ -327,14 +332,14 @@ class CycleGAN(AdversarialModule):
         images = batch["image"]
         translated = self.translate(images, there)
         found = {
-            "cycle": _difference(self.translate(translated, back), images),
+            "cycle": mean_difference(self.translate(translated, back), images),
             "correlation": _correlation(images.mean(1), translated.mean(1)),
         }
         if images.shape[1] == translated.shape[1]:
-            found["change"] = _difference(translated, images)
+            found["change"] = mean_difference(translated, images)
         if "counterpart" in batch:
-            found["error"] = _difference(translated, batch["counterpart"])
-            found["error_of_identity"] = _difference(images, batch["counterpart"])
+            found["error"] = mean_difference(translated, batch["counterpart"])
+            found["error_of_identity"] = mean_difference(images, batch["counterpart"])
         return found
 
     def validation_step(
@@ -375,6 +380,7 @@ class CycleGAN(AdversarialModule):
         """
         return {"image": self.translate(batch["image"], _directions(batch["domain"])[0])}
 
+    # ------------------------------------------------------------------ pictures
     @torch.no_grad()
     def image_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Rows of pictures for :class:`callbacks.ImageGrid`."""
@@ -387,20 +393,15 @@ class CycleGAN(AdversarialModule):
             rows["truth"] = batch["counterpart"]
         return {**rows, "back again": self.translate(translated, back)}
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
         """Checks the channels of the images, and lays the networks out in memory.
 
         Raises:
             ValueError: if the data have images of other channels.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        channels = getattr(data, "image_channels", None)
-        for name in ("channels_a", "channels_b"):
-            if channels is not None and channels != self.hp[name]:
-                raise ValueError(
-                    f"the model has {name}={self.hp[name]}, the data have images of {channels} channels; set "
-                    f"--model.{name} {channels}"
-                )
+        super().setup(stage)
+        self.demand_as_in_data(channels_a="image_channels", channels_b="image_channels")
         if self.hp.channels_last:
             self.to(memory_format=torch.channels_last)
 
@@ -408,11 +409,6 @@ class CycleGAN(AdversarialModule):
 def _directions(domain: str) -> tuple[Direction, Direction]:
     """From a domain to the other one, and back."""
     return ("AtoB", "BtoA") if domain == "a" else ("BtoA", "AtoB")
-
-
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference of images [B, C, H, W], [B]."""
-    return (first - second).abs().flatten(1).mean(1)
 
 
 def _correlation(first: Tensor, second: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.norm import Norm, norm_layer
 
 Upsample = Literal["deconv", "resize_conv"]
@@ -85,8 +85,8 @@ class ResnetGenerator(nn.Module):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
-        _demand_positive(
-            in_channels=in_channels, out_channels=out_channels, ngf=ngf, n_blocks=n_blocks
+        demand_at_least(
+            1, in_channels=in_channels, out_channels=out_channels, ngf=ngf, n_blocks=n_blocks
         )
         self.checkpoint_blocks = checkpoint_blocks
         layers: list[nn.Module] = [
@@ -185,7 +185,7 @@ class UnetGenerator(nn.Module):
         dropout: bool = False,
     ) -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, out_channels=out_channels, ngf=ngf)
+        demand_at_least(1, in_channels=in_channels, out_channels=out_channels, ngf=ngf)
         if n_downs < 2:
             raise ValueError(f"n_downs={n_downs} must be at least 2")
         self.multiple = self.smallest_image = 2**n_downs
@@ -237,7 +237,7 @@ class PatchDiscriminator(nn.Module):
         self, in_channels: int = 3, ndf: int = 64, n_layers: int = 3, norm: Norm = "instance"
     ) -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, ndf=ndf, n_layers=n_layers)
+        demand_at_least(1, in_channels=in_channels, ndf=ndf, n_layers=n_layers)
         widths = [ndf * min(2**level, 8) for level in range(n_layers + 1)]
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1),
@@ -287,7 +287,7 @@ class PixelDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, ndf: int = 64, norm: Norm = "instance") -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, ndf=ndf)
+        demand_at_least(1, in_channels=in_channels, ndf=ndf)
         self.net = nn.Sequential(
             nn.Conv2d(in_channels, ndf, 1),
             nn.LeakyReLU(0.2),
@@ -440,96 +440,6 @@ def translate_any_size(generator: nn.Module, x: Tensor, multiple: int | None = N
     return generator(padded)[(..., *original)]
 
 
-def load_reference_generator(
-    path: str | Path, name: str = "resnet_9blocks", **arch: Any
-) -> ResnetGenerator | UnetGenerator:
-    """A generator with weights of the released code (``latest_net_G_A.pth``).
-
-    Args:
-        path: of the weights. The prefix of DataParallel and the running statistics of instance norms, which files of
-            2018 have, are dropped.
-        name: see :func:`build_generator`.
-        **arch: further arguments of :func:`build_generator`, as they were in training.
-
-    Returns:
-        The generator, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: the file cannot be read, or its weights are those of another network.
-        ValueError: see :func:`build_generator`.
-    """
-    generator = build_generator(name, **arch)
-    _load_reference(generator, path, {"name": name, **arch})
-    return generator
-
-
-def load_reference_discriminator(
-    path: str | Path, kind: Literal["patch", "pixel"] = "patch", **arch: Any
-) -> PatchDiscriminator | PixelDiscriminator:
-    """A discriminator with weights of the released code, see :func:`load_reference_generator`.
-
-    The file of the released ``D_A`` judges domain B.
-
-    Args:
-        path: of the weights.
-        kind: ``patch`` (``basic`` and ``n_layers`` in the released code) or ``pixel``.
-        **arch: arguments of :class:`PatchDiscriminator` or :class:`PixelDiscriminator`, as they were in training.
-
-    Returns:
-        The discriminator, on the CPU.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: the file cannot be read, or its weights are those of another network.
-        ValueError: an unknown kind.
-    """
-    if kind not in ("patch", "pixel"):
-        raise ValueError(f"kind={kind!r} must be 'patch' or 'pixel'")
-    discriminator = PatchDiscriminator(**arch) if kind == "patch" else PixelDiscriminator(**arch)
-    _load_reference(discriminator, path, {"kind": kind, **arch})
-    return discriminator
-
-
-def _load_reference(network: nn.Module, path: str | Path, arch: dict[str, Any]) -> None:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {key.removeprefix("module."): value.detach() for key, value in stored.items()}
-    except Exception as error:  # torch raises half a dozen types for what is no such file
-        raise RuntimeError(
-            f"{path} does not hold the weights of one network ({str(error).splitlines()[0]})"
-        ) from error
-    if any(isinstance(layer, nn.InstanceNorm2d) for layer in network.modules()):
-        statistics = ("running_mean", "running_var", "num_batches_tracked")
-        weights = {key: weights[key] for key in weights if not key.endswith(statistics)}
-    wanted = network.state_dict()
-    both = wanted.keys() & weights.keys()
-    problems = {
-        "missing": [key for key in wanted if key not in weights],
-        "unexpected": [key for key in weights if key not in wanted],
-        "of another shape": [
-            f"{key} {list(weights[key].shape)} instead of {list(wanted[key].shape)}"
-            for key in wanted
-            if key in both and weights[key].shape != wanted[key].shape
-        ],
-    }
-    if any(problems.values()):
-        found = "; ".join(
-            f"{kind}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-            for kind, keys in problems.items()
-            if keys
-        )
-        chosen = ", ".join(f"{key}={value!r}" for key, value in arch.items())
-        raise RuntimeError(
-            f"{path} does not hold the weights of a {type(network).__name__} with {chosen} and else the defaults "
-            f"({found}); give the arguments that it was trained with (name, ngf, norm, dropout, n_layers, ...)"
-        )
-    network.load_state_dict(weights)
-
-
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """The block's output, without keeping its activations; batch statistics count once."""
     return checkpoint(
@@ -574,12 +484,6 @@ def _biased(norm: Norm) -> bool:
 def _normalisation(norm: Norm, channels: int) -> nn.Module:
     """An empty layer where there is no norm, so that the layers after it keep their numbers."""
     return next(iter(norm_layer(norm, channels)), nn.Identity())
-
-
-def _demand_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")
 
 
 def _demand_sides(x: Tensor, smallest: int, remedy: str = "") -> None:

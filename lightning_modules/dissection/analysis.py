@@ -146,16 +146,3 @@ def _related(alternatives: Sequence[Formula], similarity: Similarity) -> float:
     )
     known = values[~values.isnan()]
     return float(known.mean()) if len(known) else 0.0
-
-
-def firing_images(activations: Tensor, thresholds: Tensor) -> Tensor:
-    """Which units fire on which images: at any position, before upsampling (released code).
-
-    Args:
-        activations: [N, U] or [N, U, ...].
-        thresholds: [U].
-
-    Returns:
-        Bool [N, U].
-    """
-    return (activations.reshape(*activations.shape[:2], -1) > thresholds[:, None]).any(2)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.analysis import (
     accuracy_when_firing,
@@ -43,6 +44,7 @@ from lightning_modules.dissection.scores import (
     iou_from_counts,
 )
 from lightning_modules.dissection.search import Explanation, Mode, beam_search
+from lightning_modules.files import read_cached, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
 from lightning_modules.paper import PaperModule
 from lightning_modules.supervised import Classifier, fit_judge
@@ -149,51 +151,7 @@ class Dissection(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
-        if (checkpoint is None) == (network is None):
-            raise ValueError(
-                "a dissection needs one network: either --model.checkpoint FILE or --model.network NAME"
-            )
-        if isinstance(network, str) and pretrained == (train_steps is not None):
-            raise ValueError(
-                f"network={network!r} needs weights: either --model.pretrained true or --model.train_steps N"
-            )
-        for name, value in (
-            ("quantile", quantile),
-            ("level", level),
-            ("length_penalty", length_penalty),
-        ):
-            if value is not None and not 0 < value <= 1 - (name != "length_penalty") * 1e-12:
-                raise ValueError(f"{name}={value} must be a share in (0, 1) (--model.{name})")
-        if not 0 < alpha < 0.5:
-            raise ValueError(f"alpha={alpha} must be in (0, 0.5) (--model.alpha)")
-        least = {
-            "width": (width, 1),
-            "train_steps": (train_steps, 1),
-            "train_batch_size": (train_batch_size, 1),
-            "beam_size": (beam_size, 1),
-            "max_length": (max_length, 1),
-            "candidate_limit": (candidate_limit, 1),
-            "certify": (certify, 0),
-            "top_images": (top_images, 0),
-            "edits": (edits, 0),
-        }
-        for name, (number, lowest) in least.items():
-            if number is not None and number < lowest:
-                raise ValueError(f"{name}={number} must be at least {lowest} (--model.{name})")
-        for name, given, choices in (
-            ("scope", scope, ("all", "category", "active")),
-            ("mode", mode, ("distinct", "reference")),
-            ("upsample", upsample, ("bilinear", "receptive_field")),
-            ("interpolation", interpolation, ("linear", "hazen")),
-        ):
-            if given not in choices:
-                raise ValueError(f"{name}={given!r} must be one of {', '.join(choices)}")
-        if (upsample == "receptive_field") != (
-            field_scale is not None and field_offset is not None
-        ):
-            raise ValueError(
-                "upsample='receptive_field' goes with --model.field_scale and --model.field_offset"
-            )
+        self._check_arguments(network)
         self.network: nn.Module | None = None
         self.classes: list[str] = []
         if checkpoint is not None:
@@ -227,6 +185,49 @@ class Dissection(PaperModule):
         self._collected: Collected | None = None
         self._collector: Collector | None = None
         self._rows: list[dict[str, Tensor]] = []
+
+    def _check_arguments(self, network: str | nn.Module | None) -> None:
+        hp = self.hp
+        if (hp.checkpoint is None) == (network is None):
+            raise ValueError(
+                "a dissection needs one network: either --model.checkpoint FILE or --model.network NAME"
+            )
+        if isinstance(network, str) and hp.pretrained == (hp.train_steps is not None):
+            raise ValueError(
+                f"network={network!r} needs weights: either --model.pretrained true or --model.train_steps N"
+            )
+        for name, value in (
+            ("quantile", hp.quantile),
+            ("level", hp.level),
+            ("length_penalty", hp.length_penalty),
+        ):
+            if value is not None and not 0 < value <= 1 - (name != "length_penalty") * 1e-12:
+                raise ValueError(f"{name}={value} must be a share in (0, 1) (--model.{name})")
+        if not 0 < hp.alpha < 0.5:
+            raise ValueError(f"alpha={hp.alpha} must be in (0, 0.5) (--model.alpha)")
+        demand_at_least(
+            1,
+            option="--model.",
+            width=hp.width,
+            train_steps=hp.train_steps,
+            train_batch_size=hp.train_batch_size,
+            beam_size=hp.beam_size,
+            max_length=hp.max_length,
+            candidate_limit=hp.candidate_limit,
+        )
+        demand_at_least(
+            0, option="--model.", certify=hp.certify, top_images=hp.top_images, edits=hp.edits
+        )
+        demand_choice(Scope, option="--model.", scope=hp.scope)
+        demand_choice(Mode, option="--model.", mode=hp.mode)
+        demand_choice(Upsampling, option="--model.", upsample=hp.upsample)
+        demand_choice(Interpolation, option="--model.", interpolation=hp.interpolation)
+        if (hp.upsample == "receptive_field") != (
+            hp.field_scale is not None and hp.field_offset is not None
+        ):
+            raise ValueError(
+                "upsample='receptive_field' goes with --model.field_scale and --model.field_offset"
+            )
 
     # ------------------------------------------------------------------ before anything is collected
     def setup(self, stage: str) -> None:
@@ -340,20 +341,14 @@ class Dissection(PaperModule):
 
     def _load(self, kind: str) -> Any:
         """What an earlier run has kept, the same on every process; None if there is nothing."""
-        found = None
-        path = self._cache_file(kind)
-        if self.trainer.is_global_zero and path.is_file():
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_cached(self._cache_file(kind)) if self.trainer.is_global_zero else None
         return self.trainer.strategy.broadcast(found)
 
     def _save(self, kind: str, state: Any) -> None:
         if not self.trainer.is_global_zero:
             return
-        path = self._cache_file(kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        with whole_file(self._cache_file(kind)) as file:
+            torch.save(state, file)
 
     # ------------------------------------------------------------------ two passes
     def _run(self, images: Tensor) -> tuple[Tensor, Any]:

@@ -76,7 +76,7 @@ class BowmanEntailmentClassifier(nn.Module):
             self.mlp = nn.Linear(width, n_classes)
 
     @classmethod
-    def from_published(cls, checkpoint: Mapping[str, Any]) -> "BowmanEntailmentClassifier":
+    def from_reference(cls, checkpoint: Mapping[str, Any]) -> "BowmanEntailmentClassifier":
         """The network of a published checkpoint.
 
         Args:

@@ -13,8 +13,10 @@ from torch.optim import Adam
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.networks import LABELS, PAD, UNK, BowmanEntailmentClassifier
+from lightning_modules.files import read_tensors
 from lightning_modules.paper import PaperModule
 from lightning_modules.randomness import global_seed, mix
 
@@ -56,9 +58,9 @@ class NLIClassifier(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        for name in ("embedding_dim", "hidden_dim", "epochs"):
-            if self.hp[name] < 1:
-                raise ValueError(f"{name}={self.hp[name]} must be at least 1 (--model.{name})")
+        demand_at_least(
+            1, option="--model.", embedding_dim=embedding_dim, hidden_dim=hidden_dim, epochs=epochs
+        )
         if not lr > 0:
             raise ValueError(f"lr={lr} must be positive (--model.lr)")
         if head not in ("bowman", "minimal"):
@@ -71,10 +73,15 @@ class NLIClassifier(PaperModule):
         )
         self.val_loss = MeanMetric()
 
+    # ------------------------------------------------------------------ schedule
     @property
     def total_epochs(self) -> int:
         """Length of the training."""
         return self.hp.epochs
+
+    def configure_optimizers(self) -> Adam:
+        """Adam for everything."""
+        return Adam(self.parameters(), lr=self.hp.lr)
 
     # ------------------------------------------------------------------ vocabulary
     def use_vocabulary(self, words: Sequence[str]) -> "NLIClassifier":
@@ -118,7 +125,7 @@ class NLIClassifier(PaperModule):
         return super().load_state_dict(state_dict, *args, **options)
 
     @classmethod
-    def from_published(cls, checkpoint: Mapping[str, Any]) -> "NLIClassifier":
+    def from_reference(cls, checkpoint: Mapping[str, Any]) -> "NLIClassifier":
         """The module of a checkpoint in the format of the released code.
 
         Args:
@@ -127,7 +134,7 @@ class NLIClassifier(PaperModule):
         Raises:
             ValueError: entries are missing, of another network, or do not fit each other.
         """
-        network = BowmanEntailmentClassifier.from_published(checkpoint)
+        network = BowmanEntailmentClassifier.from_reference(checkpoint)
         numbers = checkpoint.get("stoi")
         rows, embedding_dim = network.encoder.emb.weight.shape
         if not isinstance(numbers, Mapping) or sorted(numbers.values()) != list(range(rows)):
@@ -139,8 +146,8 @@ class NLIClassifier(PaperModule):
         module.network = network
         return module
 
-    def published(self) -> dict[str, Any]:
-        """The checkpoint in the format of the released code; the inverse of :meth:`from_published`."""
+    def reference_checkpoint(self) -> dict[str, Any]:
+        """The checkpoint in the format of the released code; the inverse of :meth:`from_reference`."""
         state = {name: value.cpu() for name, value in self.network.state_dict().items()}
         return {"state_dict": state, "stoi": dict(self._numbers), "itos": list(self.vocabulary)}
 
@@ -159,7 +166,7 @@ class NLIClassifier(PaperModule):
         device = self.network.encoder.emb.weight.device
         return pad_sequence(rows, padding_value=PAD).to(device), lengths
 
-    # ------------------------------------------------------------------ network
+    # ------------------------------------------------------------------ training
     def representation(self, premises: Sentences, hypotheses: Sentences) -> Tensor:
         """The probed units [B, 1024] of pairs of sentences, see :class:`BowmanEntailmentClassifier`."""
         return self.network.representation(*self.encode(premises), *self.encode(hypotheses))
@@ -180,6 +187,7 @@ class NLIClassifier(PaperModule):
         self.losses = {"loss": loss.detach()}
         return loss
 
+    # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and accuracy."""
         logits, labels = self(batch["premise"], batch["hypothesis"]), batch["label"]
@@ -209,7 +217,7 @@ class NLIClassifier(PaperModule):
             "confidence": confidence,
         }
 
-    # ------------------------------------------------------------------ training
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
         """Takes the vocabulary from the data, unless there is one already.
 
@@ -224,10 +232,6 @@ class NLIClassifier(PaperModule):
                 "NLIClassifier takes its vocabulary from the data, which have none; use --data NLIDataModule"
             )
         self.use_vocabulary(words)
-
-    def configure_optimizers(self) -> Adam:
-        """Adam for everything."""
-        return Adam(self.parameters(), lr=self.hp.lr)
 
     def require_weights(self) -> None:
         """Nothing is needed to start from; for :func:`~lightning_modules.supervised.judge.fit_judge`."""
@@ -249,16 +253,9 @@ def load_nli_classifier(path: str | Path, option: str = "--model.classifier") ->
         ValueError: it is in the released format, but of another network.
     """
     path = Path(path).expanduser()
-    checkpoint: Any = None
-    if path.is_file():
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-            raise RuntimeError(
-                f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-            ) from error
+    checkpoint = read_tensors(path, f"checkpoint ({option})") if path.is_file() else None
     if isinstance(checkpoint, dict) and "stoi" in checkpoint:
-        module = NLIClassifier.from_published(checkpoint)
+        module = NLIClassifier.from_reference(checkpoint)
         return module.eval().requires_grad_(False)
     loaded = load_frozen(path, option, use_vocabulary="is no sentence-pair classifier")
     assert isinstance(loaded, NLIClassifier)

@@ -1,7 +1,7 @@
 """Compositional Explanations of a sentence-pair classifier as a program; run with ``train.py test``."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.dissection.analysis import (
     accuracy_when_firing,
     iou_accuracy_correlation,
@@ -53,6 +54,7 @@ from lightning_modules.dissection.scores import (
     iou_from_counts,
 )
 from lightning_modules.dissection.search import Explanation, Mode
+from lightning_modules.files import read_cached, read_tensors, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
 from lightning_modules.paper import PaperModule
 from lightning_modules.randomness import global_seed, mix
@@ -154,14 +156,12 @@ class NLIDissection(PaperModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        least = {"train_steps": 1, "n_tokens": 1, "beam_size": 1, "max_length": 1, "neighbors": 0}
-        least |= {"edit_units": 0, "edit_examples": 1, "examples": 0}
-        least |= {"embedding_dim": 1, "hidden_dim": 1, "train_batch_size": 2, "smoothing": 0}
+        least = {"train_batch_size": 2}
+        least |= dict.fromkeys(("neighbors", "edit_units", "examples", "smoothing", "certify"), 0)
+        least |= dict.fromkeys(("train_steps", "n_tokens", "beam_size", "max_length"), 1)
+        least |= dict.fromkeys(("edit_examples", "embedding_dim", "hidden_dim"), 1)
         for name, value in least.items():
-            if self.hp[name] < value:
-                raise ValueError(
-                    f"{name}={self.hp[name]} must be at least {value} (--model.{name})"
-                )
+            demand_at_least(value, option="--model.", **{name: self.hp[name]})
         if quantile is not None and not 0 < quantile < 1:
             raise ValueError(f"quantile={quantile} must be a share in (0, 1) (--model.quantile)")
         if not 0 < alpha < 0.5:
@@ -180,8 +180,6 @@ class NLIDissection(PaperModule):
                 f"--model.certify {certify} needs metric=iou, mode=distinct and length_penalty=1, not {metric}, {mode} "
                 f"and {length_penalty}"
             )
-        if certify is not None and certify < 0:
-            raise ValueError(f"certify={certify} must be at least 0 seconds (--model.certify)")
         self.classifier = None if classifier is None else load_nli_classifier(classifier)
         self._vectors = None if vectors is None else read_vectors(vectors)
         self._rows: list[dict[str, Any]] = []
@@ -220,13 +218,17 @@ class NLIDissection(PaperModule):
             settings = [global_seed(), *(self.hp[name] for name in names), data.vocabulary]
             key = fingerprint_of(settings, pairs.labels.tolist(), pairs.pairs)
             path = Path(self.trainer.default_root_dir) / "classifier.pt"
-            if path.exists():
-                found = torch.load(path, map_location="cpu", weights_only=True)
-                kept = found if found.get("trained_as") == key else None
+            found = read_cached(path)
+            if found is not None and found.get("trained_as") == key:
+                kept = found
             if kept is None:
-                kept = {**self._train(pairs, data.vocabulary).published(), "trained_as": key}
-                _write(path, lambda partial: torch.save(kept, partial))
-        module = NLIClassifier.from_published(self.trainer.strategy.broadcast(kept))
+                kept = {
+                    **self._train(pairs, data.vocabulary).reference_checkpoint(),
+                    "trained_as": key,
+                }
+                with whole_file(path) as file:
+                    torch.save(kept, file)
+        module = NLIClassifier.from_reference(self.trainer.strategy.broadcast(kept))
         return module.eval().requires_grad_(False)
 
     def _train(self, pairs: Any, vocabulary: Sequence[str]) -> NLIClassifier:
@@ -605,14 +607,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    write(partial)
-    partial.replace(path)
-
-
 def read_vectors(path: str | Path) -> dict[str, Tensor]:
     """Word vectors from a text file (a word and its numbers in each line) or a ``.pt`` file with a dictionary.
 
@@ -627,7 +621,7 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
         )
     vectors: dict[str, Tensor] = {}
     if path.suffix == ".pt":
-        table = torch.load(path, map_location="cpu", weights_only=True)
+        table = read_tensors(path, "file of word vectors (--model.vectors)")
         if not isinstance(table, dict):
             raise ValueError(f"{path} holds a {type(table).__name__}, not vectors by word")
         return {str(word): torch.as_tensor(vector) for word, vector in table.items()}

@@ -229,11 +229,3 @@ def best_labels(
 def best_category(best: dict[str, tuple[str, float]]) -> str:
     """The category of the best concept; the last one of several (released code)."""
     return max(reversed(best), key=lambda category: best[category][1])
-
-
-def unique_detectors(
-    labels: Sequence[str], scores: Sequence[float], threshold: float = DETECTOR_IOU
-) -> int:
-    """Number of different concepts that some unit detects, that is, with an IoU above the threshold."""
-    pairs = zip(labels, scores, strict=True)
-    return len({label for label, score in pairs if score > threshold})

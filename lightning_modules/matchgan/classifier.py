@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
+
 STAGES = 5
 
 
@@ -27,8 +29,7 @@ class AttributeClassifier(nn.Module):
         self, n_outputs: int, dim: int = 32, image_size: int = 128, in_channels: int = 3
     ) -> None:
         super().__init__()
-        if n_outputs < 1:
-            raise ValueError(f"n_outputs={n_outputs} must be at least 1")
+        demand_at_least(1, n_outputs=n_outputs)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim={dim} must be even, the first stage has half of it")
         if image_size < 2**STAGES:
@@ -87,6 +88,5 @@ def classifier_lr(epoch: int, base: float = 2e-4, epochs: int = 200) -> float:
     Raises:
         ValueError: ``epochs`` below 1.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs} must be at least 1")
+    demand_at_least(1, epochs=epochs)
     return base * max(0.0, 1 - max(epoch - 8, 0) / epochs) ** 0.75

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import enumerate_label_space
 from lightning_modules.matchgan.losses import (
     Matching,
@@ -40,6 +41,7 @@ from lightning_modules.randomness import keyed_generator
 from lightning_modules.stargan.module import StarGAN, Task
 
 BatchKind = Literal["labelled", "unlabelled"]
+IdleHeads = Literal["zero", "skip"]
 
 
 class MatchGAN(StarGAN):
@@ -76,42 +78,37 @@ class MatchGAN(StarGAN):
         match_reduction: MatchReduction = "mean",
         d_match_source: MatchSource = "real",
         schedule: MatchSchedule = "reference",
-        idle_heads: Literal["zero", "skip"] = "zero",
+        idle_heads: IdleHeads = "zero",
         n_groups: int = 4,
         group_size: int = 4,
         **stargan: Any,
     ) -> None:
         super().__init__(**stargan)
+        self.weights["match"] = lambda_match
+        self.has_unlabelled = True
+        self.label_space: Tensor | None = None
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         hp = self.hp
         if len(self.names) > 1:
             raise ValueError(
                 f"MatchGAN trains on one data set, attributes={hp.attributes} are of {len(self.names)}; its unlabelled "
                 "images may come from anywhere"
             )
-        if lambda_match < 0:
-            raise ValueError(f"lambda_match={lambda_match} must not be negative")
-        choices = {
-            "match_reduction": ("mean", "sum_of_means"),
-            "d_match_source": ("real", "fake", "both"),
-            "idle_heads": ("zero", "skip"),
-        }
-        for name, known in choices.items():
-            if hp[name] not in known:
-                raise ValueError(
-                    f"unknown {name}={hp[name]!r}; choose one of {', '.join(known)} (--model.{name})"
-                )
+        demand_at_least(0, option="--model.", lambda_match=hp.lambda_match)
+        demand_choice(MatchReduction, option="--model.", match_reduction=hp.match_reduction)
+        demand_choice(MatchSource, option="--model.", d_match_source=hp.d_match_source)
+        demand_choice(IdleHeads, option="--model.", idle_heads=hp.idle_heads)
         # Both check their arguments before any training.
-        match_pair_indices(n_groups * group_size, group_size)
-        step_kind(0, True, hp.n_critic, schedule)
-        self.weights["match"] = lambda_match
-        self.has_unlabelled = True
-        self.label_space: Tensor | None = None
+        match_pair_indices(hp.n_groups * hp.group_size, hp.group_size)
+        step_kind(0, True, hp.n_critic, hp.schedule)
 
     def build_discriminator(self) -> MatchGANDiscriminator:
         """StarGAN's critic with the match head."""
         hp = self.hp
         return MatchGANDiscriminator(
-            hp.image_size, hp.d_conv_dim, sum(self.dims), hp.d_repeat_num, hp.in_channels
+            hp.image_size, hp.ndf, sum(self.dims), hp.n_layers, hp.in_channels
         )
 
     # ------------------------------------------------------------------ schedule
@@ -229,7 +226,7 @@ class MatchGAN(StarGAN):
         """What the generator minimises, not weighted."""
         hp = self.hp
         return generator_terms(
-            self.generate,
+            self.translate_raw,
             self.discriminator,
             task.images,
             task.source,
@@ -252,6 +249,7 @@ class MatchGAN(StarGAN):
 
         return loss
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
         """As StarGAN's; takes the label space over from the data, and warns of a generator without labels.
 
@@ -263,12 +261,7 @@ class MatchGAN(StarGAN):
         if stage != "fit" or data is None:
             return
         hp = self.hp
-        for name in ("n_groups", "group_size"):
-            value = getattr(data, name, hp[name])
-            if value != hp[name]:
-                raise ValueError(
-                    f"the model has {name}={hp[name]}, the data have {value}; set --model.{name} {value}"
-                )
+        self.demand_as_in_data(n_groups="n_groups", group_size="group_size")
         if not getattr(data, "balanced", True):
             raise ValueError(
                 "MatchGAN needs labelled images in groups of one label; set --data.balanced true"

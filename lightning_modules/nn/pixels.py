@@ -1,4 +1,4 @@
-"""Images as numbers in [-1, 1] and as bytes."""
+"""Images as numbers and as bytes, and how much two of them differ."""
 
 from typing import Literal
 
@@ -26,3 +26,13 @@ def to_uint8(x: Tensor, rounding: Literal["truncate", "round"] = "round") -> Ten
     elif rounding != "truncate":
         raise ValueError(f"rounding={rounding!r} of to_uint8 must be 'truncate' or 'round'")
     return levels.to(torch.uint8)
+
+
+def in_8_bits(images: Tensor) -> Tensor:
+    """Images in [0, 1] as any file would hold them: float32, rounded to the 256 levels."""
+    return images.float().mul(255).round().clamp(0, 255).div(255)
+
+
+def mean_difference(first: Tensor, second: Tensor) -> Tensor:
+    """Mean absolute difference of each pair of images [B, C, H, W], [B]."""
+    return (first - second).abs().flatten(1).mean(1)

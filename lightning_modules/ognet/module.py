@@ -13,7 +13,6 @@ Order of things:
 4. The anomaly score is that D on a reconstruction.
 """
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +22,7 @@ from torch.optim import Adam, Optimizer
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.anomaly import AnomalyMetrics, frame_scores
 from lightning_modules.metrics.open_set import acceptance_threshold
 from lightning_modules.nn.ema import AveragedNetwork
@@ -33,7 +33,6 @@ from lightning_modules.ognet.networks import (
     SMALLEST_IMAGE,
     OGNetDiscriminator,
     OGNetGenerator,
-    load_reference_networks,
 )
 from lightning_modules.ognet.phase_two import (
     Pairing,
@@ -42,6 +41,7 @@ from lightning_modules.ognet.phase_two import (
     phase_two_terms,
 )
 from lightning_modules.paper import ImageBank
+from lightning_modules.table_rows import TableRows
 
 ROWS = {
     "reconstruction": "reconstruction error",
@@ -52,7 +52,7 @@ ROWS = {
 """Rows of the anomaly table in the order in which they are printed."""
 
 
-class OGNet(AdversarialModule):
+class OGNet(TableRows, AdversarialModule):
     """Generator, old generator, and the discriminators of both phases.
 
     Args:
@@ -86,6 +86,7 @@ class OGNet(AdversarialModule):
     """
 
     bar_terms = ("recon", "adversarial", "phase_two")
+    row_titles = ROWS
 
     def __init__(
         self,
@@ -123,10 +124,7 @@ class OGNet(AdversarialModule):
         self.old_generator = AveragedNetwork(self.generator)
         self.discriminator = OGNetDiscriminator(image_size=image_size, **networks)
         self.tuned_discriminator = OGNetDiscriminator(image_size=image_size, **networks)
-        self.rows = list(ROWS)
-        self.row_titles = ROWS
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.full((len(self.rows),), torch.nan))
+        self.add_rows(list(ROWS))
         self.tuned: Tensor
         self.register_buffer("tuned", torch.zeros((), dtype=torch.bool))
         self.test_metrics: Any = torch.nn.ModuleDict({row: AnomalyMetrics() for row in self.rows})
@@ -137,11 +135,9 @@ class OGNet(AdversarialModule):
         hp = self.hp
         if hp.in_channels not in (1, 3):
             raise ValueError(f"in_channels={hp.in_channels} must be 1 or 3")
-        if hp.image_size < SMALLEST_IMAGE:
-            raise ValueError(f"image_size={hp.image_size} must be at least {SMALLEST_IMAGE}")
-        for name in ("phase_one_epochs", "phase_two_iterations"):
-            if hp[name] < 1:
-                raise ValueError(f"{name}={hp[name]} must be at least 1")
+        demand_at_least(SMALLEST_IMAGE, option="--model.", image_size=hp.image_size)
+        lengths = {name: hp[name] for name in ("phase_one_epochs", "phase_two_iterations")}
+        demand_at_least(1, option="--model.", **lengths)
         if not 0 <= hp.old_epoch < hp.phase_one_epochs:
             raise ValueError(
                 f"old_epoch={hp.old_epoch} must be one of the {hp.phase_one_epochs} epochs of phase one, from 0"
@@ -153,8 +149,7 @@ class OGNet(AdversarialModule):
             raise ValueError(
                 f"acceptance is a share of the normal images in (0, 1), not {hp.acceptance}"
             )
-        if hp.decision_score not in ROWS:
-            raise ValueError(f"decision_score {hp.decision_score!r} is none of {', '.join(ROWS)}")
+        demand_choice(ROWS, option="--model.", decision_score=hp.decision_score)
 
     # ------------------------------------------------------------------ schedule
     @property
@@ -330,12 +325,6 @@ class OGNet(AdversarialModule):
         """Rows of the table that can be computed by now."""
         return [row for row in self.rows if row != "ognet" or bool(self.tuned)]
 
-    @property
-    def row_thresholds(self) -> dict[str, float | None]:
-        """The calibrated threshold of each row; None before the first validation."""
-        values = self.thresholds.tolist()
-        return {row: v if v == v else None for row, v in zip(self.rows, values, strict=True)}
-
     @torch.no_grad()
     def anomaly_scores(
         self, images: Tensor, tuned: torch.nn.Module | None = None
@@ -368,6 +357,7 @@ class OGNet(AdversarialModule):
                 scores["ognet"] = tuned(recon)
         return scores
 
+    # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Collects scores of held-out normal images."""
         scores = self.anomaly_scores(batch["image"])
@@ -390,7 +380,7 @@ class OGNet(AdversarialModule):
             }
         self.log_dict({f"val/{row}/mean_score": scores.mean() for row, scores in columns.items()})
         for row, scores in columns.items():
-            self.thresholds[self.rows.index(row)] = acceptance_threshold(scores, self.hp.acceptance)
+            self.set_threshold(row, acceptance_threshold(scores, self.hp.acceptance))
 
     def on_test_start(self) -> None:
         """Hands the thresholds and, for video, the labels of the frames to the metrics."""
@@ -423,21 +413,15 @@ class OGNet(AdversarialModule):
             RuntimeError: if no threshold was calibrated.
         """
         row = self.hp.decision_score
-        threshold = self.thresholds[self.rows.index(row)]
-        scores = self.anomaly_scores(batch["image"])
-        if threshold.isnan() or row not in scores:
-            raise RuntimeError(
-                f"the checkpoint has no threshold for score {row!r}: it was written before the first validation "
-                "of its phase; train on, or choose another --model.decision_score"
-            )
-        found = scores[row]
+        threshold = self.demand_threshold(row)
+        found = self.anomaly_scores(batch["image"])[row]
         decision = ["outlier" if above else "normal" for above in (found > threshold).tolist()]
         if row != "reconstruction":
             # In float32 the probabilities of clear outliers would tie.
             found, threshold = found.double().sigmoid(), threshold.double().sigmoid()
         return {"decision": decision, "score": found, "threshold": threshold.expand(len(found))}
 
-    # ------------------------------------------------------------------ pictures and data
+    # ------------------------------------------------------------------ pictures
     @torch.no_grad()
     def image_grid(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rows of pictures for :class:`callbacks.ImageGrid`."""
@@ -454,45 +438,12 @@ class OGNet(AdversarialModule):
             rows["pseudo anomaly"] = self.generator((old + old.roll(1, 0)) / 2)
         return {title: (images + 1) / 2 for title, images in rows.items()}
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
-        """Checks the size of the images, and has epochs of their own lengths.
+        """Checks the size of the images.
 
         Raises:
             ValueError: if the data have images of another size.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        size = getattr(data, "image_size", None)
-        if size is not None and size != self.hp.image_size:
-            raise ValueError(
-                f"the model has image_size={self.hp.image_size}, the data have {size}; set --model.image_size {size} "
-                f"or --data.image_size {self.hp.image_size}"
-            )
-        if stage == "fit":
-            trainer: Any = self.trainer
-            trainer.reload_dataloaders_every_n_epochs = 1
-
-
-def load_reference_checkpoint(
-    g_path: str | Path, d_path: str | Path | None = None, image_size: int = 45
-) -> OGNet:
-    """An OGNet from checkpoints in the layout of the released code, ready to score.
-
-    The discriminator is taken for that of phase two. There is no old generator in it, and no threshold.
-
-    Args:
-        g_path: file with ``g_model_state_dict``.
-        d_path: file with ``d_model_state_dict``; None: it is in the same file.
-        image_size: side of the images they were trained on.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file cannot be read or holds something else.
-    """
-    generator, discriminator = load_reference_networks(g_path, d_path, image_size)
-    first: Any = generator.encoder[0]
-    module = OGNet(first.in_channels, image_size, first.out_channels)
-    module.generator.load_state_dict(generator.state_dict())
-    for name in ("discriminator", "tuned_discriminator"):
-        getattr(module, name).load_state_dict(discriminator.state_dict())
-    module.tuned.fill_(True)
-    return module.eval()
+        super().setup(stage)
+        self.demand_as_in_data(image_size="image_size")

@@ -1,12 +1,10 @@
 """Networks of OGNet with the parameter shapes and names of the released code, at any size and width."""
 
 import math
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.norm import Norm, norm_layer
 
 SMALLEST_IMAGE = 17
@@ -29,7 +27,7 @@ class OGNetGenerator(nn.Module):
 
     def __init__(self, in_channels: int = 1, base_channels: int = 64, norm: Norm = "batch") -> None:
         super().__init__()
-        _demand_positive(in_channels=in_channels, base_channels=base_channels)
+        demand_at_least(1, in_channels=in_channels, base_channels=base_channels)
         widths = [base_channels * 2**i for i in range(4)]
         encoder: list[nn.Module] = []
         for stage, (inner, outer) in enumerate(
@@ -75,8 +73,8 @@ class OGNetDiscriminator(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        _demand_positive(
-            in_channels=in_channels, image_size=image_size, base_channels=base_channels
+        demand_at_least(
+            1, in_channels=in_channels, image_size=image_size, base_channels=base_channels
         )
         widths = [base_channels * 2**i for i in range(4)]
         layers: list[nn.Module] = []
@@ -101,60 +99,6 @@ class OGNetDiscriminator(nn.Module):
         return self(x).sigmoid()
 
 
-def load_reference_networks(
-    g_path: str | Path, d_path: str | Path | None = None, image_size: int = 45
-) -> tuple[OGNetGenerator, OGNetDiscriminator]:
-    """Networks from checkpoints in the layout of the released code, of whatever width they are.
-
-    Args:
-        g_path: file with ``g_model_state_dict``.
-        d_path: file with ``d_model_state_dict``; None: it is in the same file.
-        image_size: side of the images they were trained on.
-
-    Returns:
-        Generator and discriminator on the CPU.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file cannot be read or holds something else.
-    """
-    generator_state = _reference_state(g_path, "g_model_state_dict")
-    discriminator_state = _reference_state(d_path or g_path, "d_model_state_dict")
-    try:
-        first = generator_state["encoder.0.weight"]
-        generator = OGNetGenerator(first.shape[1], first.shape[0])
-        generator.load_state_dict(generator_state)
-        first = discriminator_state["discriminator.0.weight"]
-        discriminator = OGNetDiscriminator(first.shape[1], image_size, first.shape[0])
-        discriminator.load_state_dict(discriminator_state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"{g_path} and {d_path or g_path} do not hold the networks of the released code for images of "
-            f"{image_size} pixels ({error})"
-        ) from error
-    return generator, discriminator
-
-
-def _reference_state(path: str | Path, key: str) -> dict[str, Any]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    if key not in stored:
-        raise RuntimeError(f"{path} has no {key}; it has {', '.join(map(str, list(stored)[:5]))}")
-    # Saved from DataParallel, the names begin with "module.".
-    return {name.removeprefix("module."): value for name, value in stored[key].items()}
-
-
 def _keep_place(layers: list[nn.Module]) -> list[nn.Module]:
     """An empty layer where there is no norm, so that the layers after it keep their numbers."""
     return layers or [nn.Identity()]
-
-
-def _demand_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.nn.maps import upsample_map
+from lightning_modules.nn.precision import at_least_float32
 
 AttentionNorm = Literal["none", "instance", "sigmoid"]
 
@@ -44,7 +45,7 @@ def content_attention_map(
         ValueError: unknown ``attention_norm``.
     """
     with torch.autocast(c.device.type, enabled=False):
-        c = _at_least_float32(c)
+        c = at_least_float32(c)
         bias = None if bias is None else bias.to(c.dtype)
         maps = F.conv2d(c, weight.to(c.dtype), bias)
         match attention_norm:
@@ -108,7 +109,7 @@ def domain_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar, mean over pairs; nan without any.
     """
-    return F.cross_entropy(_at_least_float32(logits), labels)
+    return F.cross_entropy(at_least_float32(logits), labels)
 
 
 def domain_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ def attention_std(maps: Tensor) -> Tensor:
 
     Content consistency alone can be minimised by maps that become constant; then this goes to 0.
     """
-    return _at_least_float32(maps.detach()).flatten(1).std(1, correction=0).mean()
+    return at_least_float32(maps.detach()).flatten(1).std(1, correction=0).mean()
 
 
 def affine_warp(images: Tensor, degrees: float = 8.0, scale: float = 1.1) -> Tensor:
@@ -167,7 +168,7 @@ def affine_warp(images: Tensor, degrees: float = 8.0, scale: float = 1.1) -> Ten
     Returns:
         Same shape, float32 or float64; pixels from outside are mirrored.
     """
-    images = _at_least_float32(images)
+    images = at_least_float32(images)
     height, width = images.shape[-2:]
     angle = torch.deg2rad(torch.tensor(degrees, dtype=images.dtype))
     cos, sin = (angle.cos() / scale).item(), (angle.sin() / scale).item()
@@ -183,13 +184,9 @@ def _squared_difference(p_a: Tensor, p_b: Tensor) -> Tensor:
         raise ValueError(
             f"content maps {tuple(p_a.shape)} and {tuple(p_b.shape)} of the two patches differ in shape"
         )
-    return (_at_least_float32(p_a) - _at_least_float32(p_b)).square().mean((-3, -2, -1))
+    return (at_least_float32(p_a) - at_least_float32(p_b)).square().mean((-3, -2, -1))
 
 
 def _mean_or_zero(values: Tensor) -> Tensor:
     """Mean of [N]; with N = 0 not nan but a 0 that can be differentiated."""
     return values.sum() / max(len(values), 1)
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

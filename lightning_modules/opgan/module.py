@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.cyclegan.module import CycleGAN, Direction
 from lightning_modules.nn.maps import normalize_map
 from lightning_modules.opgan.losses import AttentionNorm
@@ -91,26 +92,30 @@ class OPGAN(CycleGAN):
         super().__init__(
             lambda_A=alpha, lambda_B=alpha, lambda_identity=lambda_identity, **cyclegan
         )
+        channels = self.hp.channels_a
+        for name in ("siamese",) if shared_siamese else ("siamese_ab", "siamese_ba"):
+            network = SiameseNetwork(channels, siamese_width, siamese_norm, attention_norm)
+            self.add_module(name, network)
+
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         hp = self.hp
-        for name in ("beta", "content_negative_weight", "content_margin"):
-            if hp[name] < 0:
-                raise ValueError(f"{name}={hp[name]} must not be negative")
+        weights = {name: hp[name] for name in ("beta", "content_negative_weight", "content_margin")}
+        demand_at_least(0, option="--model.", **weights)
         if hp.channels_a != hp.channels_b:
             raise ValueError(
                 f"the Siamese network compares images of equal channels, not channels_a={hp.channels_a} and "
                 f"channels_b={hp.channels_b}"
             )
         # Checks its arguments before any training.
-        draws = torch.zeros(1, draws_per_image(pair_sampling, pairs_per_scenario))
-        sample_patch_pairs(1, pair_sampling, pairs_per_scenario, grid=grid, draws=draws)
-        for name in ("siamese",) if shared_siamese else ("siamese_ab", "siamese_ba"):
-            network = SiameseNetwork(hp.channels_a, siamese_width, siamese_norm, attention_norm)
-            self.add_module(name, network)
+        draws = torch.zeros(1, draws_per_image(hp.pair_sampling, hp.pairs_per_scenario))
+        sample_patch_pairs(1, hp.pair_sampling, hp.pairs_per_scenario, grid=hp.grid, draws=draws)
 
     def siamese_network(self, way: str) -> SiameseNetwork:
         """The network that judges the direction ``ab`` or ``ba``."""
         return getattr(self, "siamese" if self.hp.shared_siamese else f"siamese_{way}")
 
+    # ------------------------------------------------------------------ schedule
     def build_optimizers(self) -> dict[str, Optimizer]:
         """CycleGAN's, and one Adam for the Siamese network between them."""
         networks = {id(n): n for n in (self.siamese_network(way) for way in DIRECTIONS)}
@@ -189,10 +194,11 @@ class OPGAN(CycleGAN):
         found = super().evaluate(batch)
         way = "ab" if batch["domain"] == "a" else "ba"
         images = self.to_network(batch["image"])
-        translated = self.generate(images, DIRECTIONS[way])
+        translated = self.translate_raw(images, DIRECTIONS[way])
         ratio = content_ratio(self.siamese_network(way), images, translated, self.hp.grid)
         return {**found, "content_ratio": ratio.expand(len(images))}
 
+    # ------------------------------------------------------------------ pictures
     @torch.no_grad()
     def image_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """CycleGAN's rows, and the content maps of image and translation, each from black to white."""

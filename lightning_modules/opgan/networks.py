@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.cyclegan.networks import init_weights
 from lightning_modules.nn.norm import norm_layer
 from lightning_modules.opgan.losses import (
@@ -54,9 +55,8 @@ class SiameseNetwork(nn.Module):
         num_classes: int = 3,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("siamese_width", width)):
-            if value < 1:
-                raise ValueError(f"--model.{name}={value} must be at least 1")
+        demand_at_least(1, in_channels=in_channels)
+        demand_at_least(1, option="--model.", siamese_width=width)
         if norm not in get_args(SiameseNorm):
             raise ValueError(
                 f"unknown --model.siamese_norm={norm!r}; choose one of {', '.join(get_args(SiameseNorm))}"

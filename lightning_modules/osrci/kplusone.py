@@ -42,6 +42,11 @@ class KPlusOneClassifierModule(PaperModule):
         """Starts from a copy of ``classifier``, weights and buffers, and leaves the original alone."""
         return cls(copy.deepcopy(classifier), open_set, **options)
 
+    def configure_optimizers(self) -> Optimizer:
+        """Adam, as in the joint phase, with a smaller learning rate."""
+        hparams: Any = self.hparams
+        return Adam(self.classifier.parameters(), lr=hparams.lr, betas=tuple(hparams.betas))
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K]; the logit of "unknown" is the constant 0."""
         return self.classifier(images)
@@ -59,8 +64,3 @@ class KPlusOneClassifierModule(PaperModule):
         """Margin score (larger is more unknown) and the best known class of every image."""
         logits = self(batch["image"])
         return {"score": open_set_score(logits, kind="margin"), "label": logits.argmax(1)}
-
-    def configure_optimizers(self) -> Optimizer:
-        """Adam, as in the joint phase, with a smaller learning rate."""
-        hparams: Any = self.hparams
-        return Adam(self.classifier.parameters(), lr=hparams.lr, betas=tuple(hparams.betas))

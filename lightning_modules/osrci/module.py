@@ -26,6 +26,7 @@ from torch.optim import Adam, Optimizer
 from tqdm.auto import tqdm
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.metrics.open_set import OpenSetMetrics, acceptance_threshold, macro_f1
 from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.modes import eval_mode
@@ -53,6 +54,7 @@ from lightning_modules.osrci.synthesis import (
 )
 from lightning_modules.paper import ImageBank
 from lightning_modules.randomness import global_seed, keyed_generator, mix
+from lightning_modules.table_rows import TableRows
 
 
 class Rounds(NamedTuple):
@@ -80,7 +82,7 @@ ROWS = {
 """Rows of the open-set table in the order in which they are printed."""
 
 
-class OSRCIModule(NamedClasses, AdversarialModule):
+class OSRCIModule(TableRows, NamedClasses, AdversarialModule):
     """Encoder, generator, discriminator, classifier and the K+1 classifiers, trained phase by phase.
 
     Args:
@@ -94,16 +96,16 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         classifier_pool: ``flatten`` as in the paper, ``avg`` for the later "classifier32".
         normalize: how a code is cut into unit vectors; ``channel_group`` is the released code's.
         lr: learning rate of the joint phase.
-        finetune_lr: learning rate of the K+1 phase.
+        lr_kplusone: learning rate of the K+1 phase.
         betas: of every Adam.
         discriminator_real_weight: weight of the real term.
         discriminator_fake_weight: weight of the fake term.
         generator_weight: weight of the adversarial term.
         reconstruction_weight: weight of the L1 term.
-        gradient_penalty_weight: lambda.
+        lambda_gp: weight of the gradient penalty.
         fake_source: what the discriminator sees as fake: decoded ``noise`` (released code) or ``reconstruction``
             (paper, eq. for L_D).
-        adversarial: ``softplus`` (released code) or ``wasserstein`` (paper) discriminator terms.
+        objective: ``softplus`` (released code) or ``wasserstein`` (paper) discriminator terms.
         gp_norm: gradient norm over the ``channel`` axis (released code) or per ``sample`` (paper).
         gp_outputs: penalise ``all`` outputs (released code) or the ``first`` (paper).
         gather_minibatch_feature: average the discriminator's batch feature over all processes.
@@ -136,6 +138,8 @@ class OSRCIModule(NamedClasses, AdversarialModule):
     bar_terms = ("reconstruction", "classification", "closed", "open")
     kind_of_classes = "known classes"
     gradient_penalised = ("discriminator",)
+    row_titles = ROWS
+    pool_titles: ClassVar = {"open_set": "counterfactual", "gopenmax_set": "G-OpenMax"}
 
     def __init__(
         self,
@@ -149,15 +153,15 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         classifier_pool: Literal["flatten", "avg"] = "flatten",
         normalize: Literal["channel_group", "position"] = "channel_group",
         lr: float = 1e-4,
-        finetune_lr: float = 1e-5,
+        lr_kplusone: float = 1e-5,
         betas: tuple[float, float] = (0.5, 0.999),
         discriminator_real_weight: float = 0.01,
         discriminator_fake_weight: float = 1.0,
         generator_weight: float = 0.01,
         reconstruction_weight: float = 1.0,
-        gradient_penalty_weight: float = 10.0,
+        lambda_gp: float = 10.0,
         fake_source: Literal["noise", "reconstruction"] = "noise",
-        adversarial: Literal["softplus", "wasserstein"] = "softplus",
+        objective: Literal["softplus", "wasserstein"] = "softplus",
         gp_norm: Literal["channel", "sample"] = "channel",
         gp_outputs: Literal["all", "first"] = "all",
         gather_minibatch_feature: bool = False,
@@ -214,27 +218,21 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             self.gopenmax_classifier = Classifier32(pool=classifier_pool, **heads)
             self.gopenmax_openmax = OpenMax(num_classes, tail_size=openmax_tail)
             self.gopenmax_set = OpenSetPool(image, ("confidence",))
-        self.rows = [row for row in ROWS if gopenmax or row != "gopenmax"]
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.full((len(self.rows),), torch.nan))
+        self.add_rows([row for row in ROWS if gopenmax or row != "gopenmax"])
         self.class_names = [str(k) for k in range(num_classes)]
         self.test_metrics: Any = torch.nn.ModuleDict({row: OpenSetMetrics() for row in self.rows})
         self._validation: list[dict[str, Tensor]] = []
 
     def _check_arguments(self) -> None:
-        hp, schedule = self.hp, self.schedule
-        if hp.joint_epochs < 1:
-            raise ValueError(f"joint_epochs must be at least 1, not {hp.joint_epochs}")
-        if min(schedule) < 1:
-            raise ValueError(
-                f"rounds, images_per_round and epochs_per_round must be at least 1, not {tuple(schedule)}"
-            )
+        hp = self.hp
+        lengths = {"joint_epochs": hp.joint_epochs, **self.schedule._asdict()}
+        demand_at_least(1, option="--model.", **lengths)
         if not 0 < hp.acceptance < 1:
             raise ValueError(
                 f"acceptance is a share of the known images in (0, 1), not {hp.acceptance}"
             )
-        if hp.decision_score not in ROWS or (hp.decision_score == "gopenmax" and not hp.gopenmax):
-            raise ValueError(f"decision_score {hp.decision_score!r} is none of {', '.join(ROWS)}")
+        rows = [row for row in ROWS if hp.gopenmax or row != "gopenmax"]
+        demand_choice(rows, option="--model.", decision_score=hp.decision_score)
         if hp.variant == "reference" and hp.stop_confidence is not None:
             raise ValueError(
                 "stop_confidence belongs to variant='paper'; the released code makes every step"
@@ -262,10 +260,10 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             "generator": self.hp.lr,
             "discriminator": self.hp.lr,
             "classifier": self.hp.lr,
-            "kplusone_classifier": self.hp.finetune_lr,
+            "kplusone_classifier": self.hp.lr_kplusone,
         }
         if self.hp.gopenmax:
-            rates["gopenmax_classifier"] = self.hp.finetune_lr
+            rates["gopenmax_classifier"] = self.hp.lr_kplusone
         return {
             name: Adam(getattr(self, name).parameters(), lr=lr, betas=tuple(self.hp.betas))
             for name, lr in rates.items()
@@ -319,14 +317,14 @@ class OSRCIModule(NamedClasses, AdversarialModule):
                 self.discriminator(fake),
                 real_weight=hp.discriminator_real_weight,
                 fake_weight=hp.discriminator_fake_weight,
-                adversarial=hp.adversarial,
+                adversarial=hp.objective,
             )
             penalty = gradient_penalty(
                 self.discriminator,
                 images,
                 fake,
                 alpha=alpha,
-                weight=hp.gradient_penalty_weight,
+                weight=hp.lambda_gp,
                 norm=hp.gp_norm,
                 outputs=hp.gp_outputs,
             )
@@ -566,9 +564,6 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         return {**made, "images": to_uint8(made["images"])}
 
     # ------------------------------------------------------------------ evaluation
-    row_titles = ROWS
-    pool_titles: ClassVar = {"open_set": "counterfactual", "gopenmax_set": "G-OpenMax"}
-
     @property
     def ready_rows(self) -> list[str]:
         """Rows of the table whose parts are fitted."""
@@ -638,9 +633,9 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             if name in columns
         }
         self.log_dict(accuracies, prog_bar=True)
-        for position, row in enumerate(self.rows):
+        for row in self.rows:
             if row in columns:
-                self.thresholds[position] = acceptance_threshold(columns[row], self.hp.acceptance)
+                self.set_threshold(row, acceptance_threshold(columns[row], self.hp.acceptance))
         before = accuracies["val/classifier/closed_accuracy"]
         after = accuracies.get("val/kplusone_classifier/closed_accuracy", before)
         if self.current_epoch + 1 == self.total_epochs and after < before - 0.01:
@@ -661,8 +656,8 @@ class OSRCIModule(NamedClasses, AdversarialModule):
         """Logs ``test/ROW/METRIC`` for every row, with the macro F1 at its calibrated threshold."""
         for row in self.ready_rows:
             values = self.test_metrics[row].compute()
-            threshold = float(self.thresholds[self.rows.index(row)])
-            if threshold == threshold:
+            threshold = self.row_thresholds[row]
+            if threshold is not None:
                 scores, labels, predictions = self.test_metrics[row].samples
                 values["macro_f1"] = macro_f1(
                     scores, labels, predictions, threshold, self.hp.num_classes
@@ -679,13 +674,8 @@ class OSRCIModule(NamedClasses, AdversarialModule):
             RuntimeError: if no threshold was calibrated.
         """
         row = self.hp.decision_score
-        threshold = self.thresholds[self.rows.index(row)]
+        threshold = self.demand_threshold(row)
         scores, predictions = self.open_set_scores(batch["image"])
-        if threshold.isnan() or row not in scores:
-            raise RuntimeError(
-                f"the checkpoint has no threshold for score {row!r}: it was written before the first validation "
-                "of its phase; train on, or choose another --model.decision_score"
-            )
         known = scores[row] <= threshold
         label = torch.where(known, predictions[row], -1)
         names = [self.class_names[k] if k >= 0 else "unknown" for k in label.tolist()]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.nn.norm import Norm, norm_layer
 from lightning_modules.osrci.losses import Normalize, normalize_latent
 
@@ -32,10 +33,7 @@ def _stage(channels: list[int], strides: list[int], dropout: float, norm: Norm) 
 
 def _trunk(in_channels: int, width: int, dropout: float, norm: Norm) -> list[nn.Sequential]:
     """Three stages 32 -> 16 -> 8 -> 4 of three convolutions each; 2*width channels come out."""
-    if width < 1:
-        raise ValueError(f"width={width} must be at least 1")
-    if in_channels < 1:
-        raise ValueError(f"in_channels={in_channels} must be at least 1")
+    demand_at_least(1, width=width, in_channels=in_channels)
     wide = 2 * width
     return [
         _stage([in_channels, width, width, wide], [1, 1, 2], dropout, norm),
@@ -108,8 +106,7 @@ class Encoder32(nn.Module):
         normalize: Normalize = "channel_group",
     ) -> None:
         super().__init__()
-        if latent_size < 1:
-            raise ValueError(f"latent_size={latent_size} must be at least 1")
+        demand_at_least(1, latent_size=latent_size)
         if normalize not in get_args(Normalize):
             raise ValueError(
                 f"unknown normalize={normalize!r}; choose one of {get_args(Normalize)}"
@@ -177,13 +174,7 @@ class Generator32(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("latent_size", latent_size),
-            ("in_channels", in_channels),
-            ("width", width),
-        ):
-            if size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
+        demand_at_least(1, latent_size=latent_size, in_channels=in_channels, width=width)
         self.latent_size = latent_size
         self.scales = _checked_scales(scales)
         self.entry_side = {1: 2, 2: 2, 4: 4, 8: 8}
@@ -281,8 +272,7 @@ class Discriminator32(nn.Module):
         gather_minibatch: bool = False,
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be at least 1")
+        demand_at_least(1, num_classes=num_classes)
         self.gather_minibatch = gather_minibatch
         self.trunk = nn.Sequential(*_trunk(in_channels, width, dropout, norm))
         self.head = nn.Linear(2 * 32 * width, num_classes)
@@ -332,8 +322,7 @@ class Classifier32(nn.Module):
         pool: Literal["flatten", "avg"] = "flatten",
     ) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be at least 1")
+        demand_at_least(1, num_classes=num_classes)
         if pool not in ("flatten", "avg"):
             raise ValueError(f"unknown pool={pool!r}; choose 'flatten' or 'avg'")
         self.pool = pool

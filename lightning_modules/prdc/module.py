@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.generated import (
     ImageGenerator,
     generated_batches,
@@ -100,8 +101,7 @@ class PRDCModule(PaperModule):
         unknown = sorted(set(also) - set(get_args(Also)))
         if unknown:
             raise ValueError(f"also={unknown} must be some of {', '.join(get_args(Also))}")
-        if num_generated is not None and num_generated < 1:
-            raise ValueError(f"num_generated={num_generated} must be at least 1")
+        demand_at_least(1, num_generated=num_generated)
         self.generator: PaperModule | None = None
         if generator is not None:
             self.generator = load_generator(generator)

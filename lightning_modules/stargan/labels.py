@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,12 @@ from lightning_modules.attributes import (
     attribute_index,
     exclusive_indices,
 )
+
+
+def name_sets(attributes: Sequence[Any]) -> list[Sequence[str]]:
+    """Names of every data set, of which there may be one."""
+    one = not attributes or isinstance(attributes[0], str)
+    return [attributes] if one else list(attributes)
 
 
 def one_hot(labels: Tensor, n_classes: int) -> Tensor:

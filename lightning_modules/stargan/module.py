@@ -12,7 +12,6 @@ One step, for every data set in turn:
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -20,13 +19,16 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
 from lightning_modules.metrics.translation import gan_train_accuracy
 from lightning_modules.nn.gradient_penalty import PatchReduction, slope_norms
+from lightning_modules.nn.pixels import mean_difference
 from lightning_modules.randomness import keyed_generator
 from lightning_modules.stargan.labels import (
     class_targets,
     joint_label,
+    name_sets,
     one_hot,
     parse_edits,
     permute_targets,
@@ -43,7 +45,8 @@ from lightning_modules.stargan.losses import (
     weighted,
 )
 from lightning_modules.stargan.networks import StarGANDiscriminator, StarGANGenerator
-from lightning_modules.stargan.released import load_reference_state_dict
+
+PenaltyUpdate = Literal["joint", "separate"]
 
 Edit = Callable[[Tensor], Tensor]
 """Labels [B, c] to the wanted ones."""
@@ -87,10 +90,10 @@ class StarGAN(AdversarialModule):
         exclusive: groups of names of which one at most is true; None: the hair colours of CelebA.
         image_size: side of the images; must be the data's.
         in_channels: channels of the images.
-        g_conv_dim: width of the generator (64 in the paper).
-        g_repeat_num: its residual blocks (6 in the paper).
-        d_conv_dim: width of the critic (64 in the paper).
-        d_repeat_num: its strided convolutions (6 in the paper).
+        ngf: width of the generator (64 in the paper).
+        n_blocks: its residual blocks (6 in the paper).
+        ndf: width of the critic (64 in the paper).
+        n_layers: its strided convolutions (6 in the paper).
         lambda_cls: weight of the classification (1 in the paper).
         lambda_rec: weight of the reconstruction (10 in the paper).
         lambda_gp: weight of the gradient penalty (10 in the paper).
@@ -99,8 +102,8 @@ class StarGAN(AdversarialModule):
             (``separate``, the code of the paper's time); there Adam skips what the penalty does not reach.
         patch_reduction: the penalty is on the slope of the sum of the patch scores (released code) or of their mean.
         n_critic: the generator is updated in every n-th batch (5 in the paper).
-        g_lr: learning rate of the generator.
-        d_lr: learning rate of the critic.
+        lr_g: learning rate of the generator.
+        lr_d: learning rate of the critic.
         betas: of both Adams.
         total_steps: batches in all.
         decay_steps: how many of them, the last ones, the decay of the learning rates takes.
@@ -122,19 +125,19 @@ class StarGAN(AdversarialModule):
         exclusive: list[list[str]] | None = None,
         image_size: int = 128,
         in_channels: int = 3,
-        g_conv_dim: int = 64,
-        g_repeat_num: int = 6,
-        d_conv_dim: int = 64,
-        d_repeat_num: int = 6,
+        ngf: int = 64,
+        n_blocks: int = 6,
+        ndf: int = 64,
+        n_layers: int = 6,
         lambda_cls: float = 1.0,
         lambda_rec: float = 10.0,
         lambda_gp: float = 10.0,
         cls_reduction: Reduction = "sum",
-        gp_update: Literal["joint", "separate"] = "joint",
+        gp_update: PenaltyUpdate = "joint",
         patch_reduction: PatchReduction = "sum",
         n_critic: int = 5,
-        g_lr: float = 1e-4,
-        d_lr: float = 1e-4,
+        lr_g: float = 1e-4,
+        lr_d: float = 1e-4,
         betas: tuple[float, float] = (0.5, 0.999),
         total_steps: int = 200_000,
         decay_steps: int = 100_000,
@@ -144,7 +147,7 @@ class StarGAN(AdversarialModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.names = [list(names) for names in _sets(attributes)]
+        self.names = [list(names) for names in name_sets(attributes)]
         self.kinds: list[LabelKind] = (
             list(label_kind) if isinstance(label_kind, list) else [label_kind] * len(self.names)
         )
@@ -152,7 +155,7 @@ class StarGAN(AdversarialModule):
         self.dims = [len(names) for names in self.names]
         self.weights = {"cls": lambda_cls, "rec": lambda_rec, "gp": lambda_gp}
         self._edit: tuple[int, Edit] | None = self._parse(edits) if edits else None
-        self.generator = StarGANGenerator(g_conv_dim, self.label_width, g_repeat_num, in_channels)
+        self.generator = StarGANGenerator(ngf, self.label_width, n_blocks, in_channels)
         self.discriminator = self.build_discriminator()
         self._found: list[list[dict[str, Tensor]]] = [[] for _ in self.names]
 
@@ -169,9 +172,8 @@ class StarGAN(AdversarialModule):
             )
         for place, names in enumerate(self.names):
             exclusive_indices(names, self.exclusive(place))
-        for name in ("n_critic", "total_steps", "steps_per_epoch"):
-            if hp[name] < 1:
-                raise ValueError(f"{name}={hp[name]} must be at least 1 (--model.{name})")
+        lengths = {name: hp[name] for name in ("n_critic", "total_steps", "steps_per_epoch")}
+        demand_at_least(1, option="--model.", **lengths)
         if hp.total_steps % hp.steps_per_epoch:
             raise ValueError(
                 f"total_steps={hp.total_steps} is no multiple of steps_per_epoch={hp.steps_per_epoch}; set both "
@@ -181,26 +183,18 @@ class StarGAN(AdversarialModule):
             raise ValueError(
                 f"n_critic={hp.n_critic} exceeds total_steps={hp.total_steps}: the generator would never be updated"
             )
-        for name in ("lambda_cls", "lambda_rec", "lambda_gp"):
-            if hp[name] < 0:
-                raise ValueError(f"{name}={hp[name]} must not be negative")
-        choices = {
-            "gp_update": ("joint", "separate"),
-            "patch_reduction": ("sum", "mean"),
-            "cls_reduction": ("sum", "mean"),
-        }
-        for name, known in choices.items():
-            if hp[name] not in known:
-                raise ValueError(
-                    f"unknown {name}={hp[name]!r}; choose one of {', '.join(known)} (--model.{name})"
-                )
+        weights = {name: hp[name] for name in ("lambda_cls", "lambda_rec", "lambda_gp")}
+        demand_at_least(0, option="--model.", **weights)
+        demand_choice(PenaltyUpdate, option="--model.", gp_update=hp.gp_update)
+        demand_choice(PatchReduction, option="--model.", patch_reduction=hp.patch_reduction)
+        demand_choice(Reduction, option="--model.", cls_reduction=hp.cls_reduction)
         decayed_lr(0, 1.0, hp.total_steps, hp.decay_steps, mode=hp.lr_schedule)
 
     def build_discriminator(self) -> StarGANDiscriminator:
         """The critic."""
         hp = self.hp
         return StarGANDiscriminator(
-            hp.image_size, hp.d_conv_dim, sum(self.dims), hp.d_repeat_num, hp.in_channels
+            hp.image_size, hp.ndf, sum(self.dims), hp.n_layers, hp.in_channels
         )
 
     # ------------------------------------------------------------------ labels
@@ -288,7 +282,7 @@ class StarGAN(AdversarialModule):
     def build_optimizers(self) -> dict[str, Optimizer]:
         """One Adam for each network."""
         hp = self.hp
-        rates = {"discriminator": hp.d_lr, "generator": hp.g_lr}
+        rates = {"discriminator": hp.lr_d, "generator": hp.lr_g}
         return {
             name: Adam(getattr(self, name).parameters(), lr=lr, betas=tuple(hp.betas))
             for name, lr in rates.items()
@@ -300,7 +294,7 @@ class StarGAN(AdversarialModule):
         hp = self.hp
         # The released code looks at its learning rates every 1000 iterations; by that its decay all but vanishes.
         every = 1000 if hp.lr_schedule == "reference" else 1
-        rates = {"discriminator": hp.d_lr, "generator": hp.g_lr}
+        rates = {"discriminator": hp.lr_d, "generator": hp.lr_g}
         for name, optimizer in self._optimizers_by_name().items():
             rate = decayed_lr(
                 self.batches_done,
@@ -318,7 +312,7 @@ class StarGAN(AdversarialModule):
         """The critic, and when its turn has come the generator, on every data set."""
         for task in self.tasks(batch):
             with torch.no_grad():
-                fake = self.generate(task.images, task.target)
+                fake = self.translate_raw(task.images, task.target)
             self.update_discriminator(task, fake)
             if self.updates_generator(self.batches_done):
                 self.update_generator(task)
@@ -404,7 +398,7 @@ class StarGAN(AdversarialModule):
         """What the generator minimises, not weighted."""
         assert task.source is not None
         return generator_terms(
-            self.generate,
+            self.translate_raw,
             self.discriminator,
             task.images,
             task.source,
@@ -464,7 +458,7 @@ class StarGAN(AdversarialModule):
         """Images in [0, 1] as the networks take them, in [-1, 1]."""
         return images * 2 - 1
 
-    def generate(self, x: Tensor, label: Tensor) -> Tensor:
+    def translate_raw(self, x: Tensor, label: Tensor) -> Tensor:
         """Translations [B, C, H, W] in [-1, 1] of images in [-1, 1], with gradients; ``label`` is the generator's."""
         # Outside a training a running average of the generator, where there is one, stands for it.
         name = "generator" if self.training else "generator_ema"
@@ -481,8 +475,9 @@ class StarGAN(AdversarialModule):
             place: the data set that they are attributes of.
         """
         label = self.generator_label(attributes.to(images), place)
-        return (self.generate(self.to_network(images), label) + 1) / 2
+        return (self.translate_raw(self.to_network(images), label) + 1) / 2
 
+    # ------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def evaluate(
         self,
@@ -510,13 +505,13 @@ class StarGAN(AdversarialModule):
             changed = (target != own).any(1)
             translated = self.translate(images, target, place)
             found = {
-                "reconstruction": _difference(self.translate(translated, own, place), images),
-                "label_effect": _difference(translated, unchanged),
+                "reconstruction": mean_difference(self.translate(translated, own, place), images),
+                "label_effect": mean_difference(translated, unchanged),
             }
             if counterparts is not None:
                 truth = counterparts(batch["index"].cpu(), target).to(images)
-                found["error"] = _difference(translated, truth)
-                found["error_of_identity"] = _difference(images, truth)
+                found["error"] = mean_difference(translated, truth)
+                found["error_of_identity"] = mean_difference(images, truth)
             edits += changed
             sums = {name: sums.get(name, 0) + value * changed for name, value in found.items()}
         return {name: total / edits.clamp_min(1) for name, total in sums.items()}
@@ -591,6 +586,7 @@ class StarGAN(AdversarialModule):
             for row in rows
         ]
 
+    # ------------------------------------------------------------------ pictures
     @torch.no_grad()
     def image_grid(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Rows of pictures for :class:`callbacks.ImageGrid`: the images, and a row for every attribute or class."""
@@ -605,34 +601,28 @@ class StarGAN(AdversarialModule):
                 rows[title] = self.translate(images, target, place)
         return rows
 
+    # ------------------------------------------------------------------ checks
     def setup(self, stage: str) -> None:
-        """Checks that model and data agree, and has epochs of their own lengths.
+        """Checks that model and data agree.
 
         Raises:
             ValueError: if the data have other attributes, or images of another size; and for a prediction without
                 ``edits``.
         """
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         hp = self.hp
         names = getattr(data, "attribute_names", None)
-        if names and [list(part) for part in _sets(names)] != self.names:
+        if names and [list(part) for part in name_sets(names)] != self.names:
             raise ValueError(
                 f"the model has attributes={hp.attributes}, the data have {names}; both need the same names in the "
                 "same order (--model.attributes)"
             )
         if names and stage == "fit":
             self._demand_same_labels(data)
-        for name, there in (("image_size", "image_size"), ("in_channels", "image_channels")):
-            value = getattr(data, there, None)
-            if value is not None and value != hp[name]:
-                raise ValueError(
-                    f"the model has {name}={hp[name]}, the data have {value}; set --model.{name} {value}"
-                )
+        self.demand_as_in_data(image_size="image_size", in_channels="image_channels")
         if stage == "predict":
             self._demand_edit()
-        if stage == "fit":
-            trainer: Any = self.trainer
-            trainer.reload_dataloaders_every_n_epochs = 1
 
     def _demand_same_labels(self, data: Any) -> None:
         several = len(self.names) > 1
@@ -650,74 +640,3 @@ class StarGAN(AdversarialModule):
                     f"the model has exclusive={self.hp.exclusive}, in the data {theirs} exclude each other; set "
                     "--model.exclusive"
                 )
-
-
-def load_reference_checkpoint(
-    g_path: str | Path,
-    d_path: str | Path,
-    attributes: list[str] | list[list[str]],
-    label_kind: LabelKind | list[LabelKind] = "multi_label",
-    module_class: type[StarGAN] = StarGAN,
-) -> StarGAN:
-    """A module with the networks of the released code, of whatever size they are.
-
-    Args:
-        g_path: file ``ITERATION-G.ckpt``.
-        d_path: file ``ITERATION-D.ckpt``.
-        attributes: names in the order in which they were trained; the files do not have them.
-        label_kind: see :class:`StarGAN`.
-        module_class: ``MatchGAN`` for its files.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        RuntimeError: a file cannot be read or holds something else.
-        ValueError: the number of attributes is not that of the files.
-    """
-    generator, discriminator = _reference_state(g_path), _reference_state(d_path)
-    try:
-        first_g = generator.get("main.0.weight", generator.get("encoder.0.weight"))
-        first_d, classes = discriminator["main.0.weight"], discriminator["conv2.weight"]
-        assert first_g is not None, "no first layer of a generator"
-        halvings = sum(v.dim() == 4 for name, v in discriminator.items() if "main." in name)
-        sizes = {
-            "image_size": classes.shape[-1] * 2**halvings,
-            "in_channels": first_d.shape[1],
-            "g_conv_dim": first_g.shape[0],
-            "g_repeat_num": sum(name.endswith(".main.0.weight") for name in generator),
-            "d_conv_dim": first_d.shape[0],
-            "d_repeat_num": halvings,
-        }
-    except (KeyError, AssertionError) as error:
-        raise RuntimeError(
-            f"{g_path} and {d_path} do not hold the networks of the released code ({error})"
-        ) from error
-    count = sum(map(len, _sets(attributes)))
-    if count != len(classes):
-        raise ValueError(f"{d_path} was trained with {len(classes)} attributes, not {count}")
-    module = module_class(attributes=attributes, label_kind=label_kind, **sizes)
-    load_reference_state_dict(module.generator, generator)
-    load_reference_state_dict(module.discriminator, discriminator)
-    return module.eval()
-
-
-def _reference_state(path: str | Path) -> dict[str, Tensor]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
-    # Saved from DataParallel, the names begin with "module.".
-    return {name.removeprefix("module."): value for name, value in stored.items()}
-
-
-def _sets(attributes: Any) -> list[Sequence[str]]:
-    """Names of every data set, of which there may be one."""
-    one = not attributes or isinstance(attributes[0], str)
-    return [attributes] if one else list(attributes)
-
-
-def _difference(first: Tensor, second: Tensor) -> Tensor:
-    """Mean absolute difference of images [B, C, H, W], [B]."""
-    return (first - second).abs().flatten(1).mean(1)

@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
+
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with instance norm around an identity; no activation after the sum."""
@@ -49,7 +51,7 @@ class StarGANGenerator(nn.Module):
         self, conv_dim: int = 64, c_dim: int = 5, repeat_num: int = 6, in_channels: int = 3
     ) -> None:
         super().__init__()
-        _demand_positive(conv_dim=conv_dim, c_dim=c_dim, in_channels=in_channels)
+        demand_at_least(1, conv_dim=conv_dim, c_dim=c_dim, in_channels=in_channels)
         if repeat_num < 0:
             raise ValueError(f"repeat_num={repeat_num} must not be negative")
         self.c_dim = c_dim
@@ -129,7 +131,8 @@ class StarGANDiscriminator(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        _demand_positive(
+        demand_at_least(
+            1,
             image_size=image_size,
             conv_dim=conv_dim,
             c_dim=c_dim,
@@ -182,9 +185,3 @@ class StarGANDiscriminator(nn.Module):
 
 def _instance_norm(channels: int) -> nn.Module:
     return nn.InstanceNorm2d(channels, affine=True, track_running_stats=False)
-
-
-def _demand_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1")

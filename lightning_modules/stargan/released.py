@@ -1,4 +1,4 @@
-"""State dicts in the layouts of the released codes of StarGAN and of MatchGAN, which is a fork of it.
+"""Checkpoints in the layouts of the released codes of StarGAN and of MatchGAN, which is a fork of it.
 
 StarGAN's generator is one sequence ``main``; MatchGAN cuts it in the middle of the residual blocks into ``encoder`` and
 ``decoder``. Heads of the discriminators are ``conv1``, ``conv2`` and, for MatchGAN, ``conv3``. Instance norms come with
@@ -7,11 +7,16 @@ running statistics, which the originals never use.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.attributes import LabelKind
+from lightning_modules.checkpoints import read_reference_state
+from lightning_modules.stargan.labels import name_sets
+from lightning_modules.stargan.module import StarGAN
 from lightning_modules.stargan.networks import (
     ResidualBlock,
     StarGANDiscriminator,
@@ -23,6 +28,54 @@ Network = StarGANGenerator | StarGANDiscriminator
 
 FIRST_BLOCK = 9
 """Number of layers before the residual blocks."""
+
+
+def load_reference_checkpoint(
+    g_path: str | Path,
+    d_path: str | Path,
+    attributes: list[str] | list[list[str]],
+    label_kind: LabelKind | list[LabelKind] = "multi_label",
+    module_class: type[StarGAN] = StarGAN,
+) -> StarGAN:
+    """A module with the networks of the released code, of whatever size they are.
+
+    Args:
+        g_path: file ``ITERATION-G.ckpt``.
+        d_path: file ``ITERATION-D.ckpt``.
+        attributes: names in the order in which they were trained; the files do not have them.
+        label_kind: see :class:`StarGAN`.
+        module_class: ``MatchGAN`` for its files.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        RuntimeError: a file cannot be read or holds something else.
+        ValueError: the number of attributes is not that of the files.
+    """
+    generator, discriminator = read_reference_state(g_path), read_reference_state(d_path)
+    try:
+        first_g = generator.get("main.0.weight", generator.get("encoder.0.weight"))
+        first_d, classes = discriminator["main.0.weight"], discriminator["conv2.weight"]
+        assert first_g is not None, "no first layer of a generator"
+        halvings = sum(v.dim() == 4 for name, v in discriminator.items() if "main." in name)
+        sizes = {
+            "image_size": classes.shape[-1] * 2**halvings,
+            "in_channels": first_d.shape[1],
+            "ngf": first_g.shape[0],
+            "n_blocks": sum(name.endswith(".main.0.weight") for name in generator),
+            "ndf": first_d.shape[0],
+            "n_layers": halvings,
+        }
+    except (KeyError, AssertionError) as error:
+        raise RuntimeError(
+            f"{g_path} and {d_path} do not hold the networks of the released code ({error})"
+        ) from error
+    count = sum(map(len, name_sets(attributes)))
+    if count != len(classes):
+        raise ValueError(f"{d_path} was trained with {len(classes)} attributes, not {count}")
+    module = module_class(attributes=attributes, label_kind=label_kind, **sizes)
+    load_reference_state_dict(module.generator, generator)
+    load_reference_state_dict(module.discriminator, discriminator)
+    return module.eval()
 
 
 def load_reference_state_dict(module: Network, state_dict: Mapping[str, Tensor]) -> None:

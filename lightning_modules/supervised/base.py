@@ -1,6 +1,6 @@
 """What Classifier, Detector and Segmenter share: network and weights, the optimizer, the names of the classes."""
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchvision.transforms.functional import normalize
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.named_classes import NamedClasses
 from lightning_modules.nn.norm import Norm
 from lightning_modules.supervised.networks import (
@@ -74,17 +75,7 @@ class SupervisedModule(NamedClasses):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if isinstance(network, str) else ["network"])
-        least = {"num_classes": 2, "in_channels": 1, "width": 1, "epochs": 1}
-        for name, value in least.items():
-            if self.hp[name] < value:
-                raise ValueError(
-                    f"{name}={self.hp[name]} must be at least {value} (--model.{name})"
-                )
-        for name, allowed in (("optimizer", OptimizerName), ("lr_schedule", Schedule)):
-            if self.hp[name] not in get_args(allowed):
-                raise ValueError(
-                    f"unknown {name}={self.hp[name]!r} (--model.{name}); choose one of {', '.join(get_args(allowed))}"
-                )
+        self._check_arguments()
         self.statistics: Statistics | None = None
         if isinstance(network, str):
             self.network = build_network(
@@ -96,6 +87,15 @@ class SupervisedModule(NamedClasses):
         else:
             self.network = network
         self.class_names = [str(k) for k in range(num_classes)]
+
+    def _check_arguments(self) -> None:
+        hp = self.hp
+        demand_at_least(2, option="--model.", num_classes=hp.num_classes)
+        demand_at_least(
+            1, option="--model.", in_channels=hp.in_channels, width=hp.width, epochs=hp.epochs
+        )
+        demand_choice(OptimizerName, option="--model.", optimizer=hp.optimizer)
+        demand_choice(Schedule, option="--model.", lr_schedule=hp.lr_schedule)
 
     def _load(self, name: str, weights_path: str | None, download: bool) -> None:
         try:
@@ -111,11 +111,31 @@ class SupervisedModule(NamedClasses):
         """What torchvision's weights are for."""
         return self.network
 
+    # ------------------------------------------------------------------ schedule
     @property
     def total_epochs(self) -> int:
         """Length of the training."""
         return self.hp.epochs
 
+    def configure_optimizers(self) -> Any:
+        """One optimizer for everything."""
+        hp = self.hp
+        optimizer: Optimizer
+        if hp.optimizer == "adam":
+            optimizer = Adam(self.parameters(), lr=hp.lr, weight_decay=hp.weight_decay)
+        else:
+            optimizer = SGD(
+                self.parameters(),
+                lr=hp.lr,
+                momentum=hp.momentum,
+                weight_decay=hp.weight_decay,
+                nesterov=hp.momentum > 0,
+            )
+        if hp.lr_schedule == "constant":
+            return optimizer
+        return [optimizer], [CosineAnnealingLR(optimizer, hp.epochs)]
+
+    # ------------------------------------------------------------------ training
     def forward(self, images: Tensor) -> Tensor:
         """Logits, float32 or better, of images [B, C, H, W] in [0, 1].
 
@@ -155,21 +175,3 @@ class SupervisedModule(NamedClasses):
         loss = self.loss(batch)
         self.losses = {"loss": loss.detach()}
         return loss
-
-    def configure_optimizers(self) -> Any:
-        """One optimizer for everything."""
-        hp = self.hp
-        optimizer: Optimizer
-        if hp.optimizer == "adam":
-            optimizer = Adam(self.parameters(), lr=hp.lr, weight_decay=hp.weight_decay)
-        else:
-            optimizer = SGD(
-                self.parameters(),
-                lr=hp.lr,
-                momentum=hp.momentum,
-                weight_decay=hp.weight_decay,
-                nesterov=hp.momentum > 0,
-            )
-        if hp.lr_schedule == "constant":
-            return optimizer
-        return [optimizer], [CosineAnnealingLR(optimizer, hp.epochs)]

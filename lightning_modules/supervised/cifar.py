@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, which is a 1x1 convolution where the shape changes (option B).
@@ -84,7 +86,7 @@ class CifarResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        _demand_positive(width=width, num_classes=num_classes, in_channels=in_channels)
+        demand_at_least(1, width=width, num_classes=num_classes, in_channels=in_channels)
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
@@ -174,7 +176,7 @@ class MobileNetV2Cifar(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        _demand_positive(num_classes=num_classes, in_channels=in_channels)
+        demand_at_least(1, num_classes=num_classes, in_channels=in_channels)
         self.conv1 = nn.Conv2d(in_channels, 32, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
         self.relu1 = nn.ReLU()
@@ -220,7 +222,7 @@ class VGG19Cifar(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        _demand_positive(num_classes=num_classes, in_channels=in_channels)
+        demand_at_least(1, num_classes=num_classes, in_channels=in_channels)
         layers: list[nn.Module] = []
         taps, inner = [], in_channels
         for width, number in self.STAGES:
@@ -264,9 +266,3 @@ def _initialize(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
-
-
-def _demand_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} of the network must be at least 1")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Adam
 from tqdm import tqdm
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.randomness import mix
 from lightning_modules.supervised.base import SupervisedModule
 
@@ -62,9 +63,7 @@ def fit_judge(
         ValueError: no steps or no samples.
         FileNotFoundError: pretrained weights that the module asks for are not on this machine.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    demand_at_least(1, steps=steps, batch_size=batch_size)
     if not len(dataset):
         raise ValueError(f"the {description} has no images to learn from")
     device, size = torch.device(device), min(batch_size, len(dataset))

@@ -1,4 +1,4 @@
-"""What ZAQ is compared with and needs no training: RQ, DFQ, ACIQ and ZeroQ, all under one quantizer.
+"""What ZAQ is compared with and needs no training: RQ, DFQ, ACIQ, ZeroQ and its mixed precision, under one quantizer.
 
 Each takes a float network in evaluation mode and gives a quantized copy with all of its ranges.
 """
@@ -6,7 +6,7 @@ Each takes a float network in evaluation mode and gives a quantized copy with al
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +31,19 @@ from lightning_modules.zaq.dfq import (
 )
 from lightning_modules.zaq.moments import ChannelMoments
 from lightning_modules.zaq.observers import Observer
-from lightning_modules.zaq.quantizers import QuantSpec, check_bits
+from lightning_modules.zaq.quantizers import (
+    FEWEST_BITS,
+    MOST_BITS,
+    QuantizedLayer,
+    QuantSpec,
+    check_bits,
+    quantized_layer,
+)
+from lightning_modules.zaq.zeroq import allocate_mixed_precision, measure_sensitivities
 
 NOISE_IMAGES = 64
+MIXED_BITS = range(FEWEST_BITS, MOST_BITS + 1)
+"""What a layer can get in mixed precision."""
 
 
 class Width(NamedTuple):
@@ -182,6 +192,67 @@ def zeroq(network: nn.Module, width: Width, quantizer: Quantizer, images: Tensor
     quantized = quantizer.attach(network, width, observer="minmax")
     calibrate(quantized, [images])
     return quantized.eval()
+
+
+def weight_bits(quantized: nn.Module) -> dict[str, int]:
+    """Bits of the weights of all quantized layers by name."""
+    parts = quantized.named_modules()
+    return {name: part.spec.bits for name, part in parts if isinstance(part, QuantizedLayer)}
+
+
+def weight_sensitivities(
+    network: nn.Module, quantizer: Quantizer, images: Tensor
+) -> dict[str, Tensor]:
+    """How much a network's predictions change when the weights of one layer alone have 2 to 8 bits.
+
+    Args:
+        network, quantizer, images: see :func:`zeroq`.
+
+    Returns:
+        For every layer that ``quantizer.overrides`` does not name, and by its name, Omega [7] at 2, ..., 8 bits.
+    """
+    layers = dict(network.named_modules())
+    overrides = {name: b for name, b in quantizer.overrides.items() if name in layers}
+    probe = quantizer.attach(
+        network, Width(MOST_BITS, MOST_BITS), act_bits=None, overrides=overrides
+    )
+    chosen = [name for name in weight_bits(probe) if name not in overrides]
+
+    def set_bits(name: str, bits: int | None) -> None:
+        layer = layers[name]
+        if bits is not None:
+            layer = quantized_layer(layer, replace(quantizer.spec, bits=bits))
+        probe.set_submodule(name, layer)
+
+    found = measure_sensitivities(network, probe, chosen, MIXED_BITS, set_bits, images)
+    return dict(zip(chosen, found, strict=True))
+
+
+def mixed_precision(
+    network: nn.Module,
+    width: Width,
+    quantizer: Quantizer,
+    images: Tensor,
+    sensitivities: Mapping[str, Tensor],
+) -> fx.GraphModule:
+    """ZeroQ with bits for each layer: least sensitive in total, and no larger than with the width's bits everywhere.
+
+    Activations keep the bits of the width. Layers that ``quantizer.overrides`` names keep theirs, and do not count.
+
+    Args:
+        network, width, quantizer, images: see :func:`zeroq`.
+        sensitivities: of :func:`weight_sensitivities`.
+    """
+    uniform = weight_bits(quantizer.attach(network, width))
+    sizes = {name: network.get_submodule(name).weight.numel() for name in sensitivities}  # type: ignore[operator]
+    allocated = allocate_mixed_precision(
+        torch.stack(list(sensitivities.values())),
+        list(sizes.values()),
+        MIXED_BITS,
+        sum(size * uniform[name] for name, size in sizes.items()),
+    )
+    own = {**quantizer.overrides, **dict(zip(sizes, allocated.bits, strict=True))}
+    return zeroq(network, width, replace(quantizer, overrides=own), images)
 
 
 def _with_ranges(

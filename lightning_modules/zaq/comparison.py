@@ -8,10 +8,18 @@ from torch import Tensor, fx, nn
 from torchmetrics import Metric
 
 from lightning_modules.zaq.attach import activation_quantizers, demand_unmoved, evaluation_state
-from lightning_modules.zaq.baselines import Width, aciq, dfq, round_to_nearest, zeroq
+from lightning_modules.zaq.baselines import (
+    Width,
+    aciq,
+    dfq,
+    mixed_precision,
+    round_to_nearest,
+    weight_bits,
+    weight_sensitivities,
+    zeroq,
+)
 from lightning_modules.zaq.game import QuantizationGame
 from lightning_modules.zaq.methods import BEST_IS_NOT_ZERO_SHOT, ROWS
-from lightning_modules.zaq.zeroq import distill_data
 
 
 class ComparedMethods(QuantizationGame):
@@ -41,6 +49,8 @@ class ComparedMethods(QuantizationGame):
         self.test_scores = nn.ModuleDict(
             {f"{row}_{w}": self.new_score() for row in self.rows for w in self.widths}
         )
+        self.allocated_bits: dict[str, dict[str, int]] = {}
+        """Of mixed precision: bits by layer, by width; known after a test."""
         self._compared: dict[str, nn.Module] = {}
         self._before_evaluation: dict[str, Tensor] = {}
 
@@ -111,20 +121,17 @@ class ComparedMethods(QuantizationGame):
             "rq": lambda width: round_to_nearest(network, width, self.quantizer, shape),
             "dfq": lambda width: dfq(network, width, self.quantizer, shape),
             "aciq": lambda width: aciq(network, width, self.quantizer, shape),
-            "zeroq": lambda width: zeroq(network, width, self.quantizer, images),
+            "zeroq": lambda width: zeroq(network, width, self.quantizer, self.distilled_images()),
+            "mixed": lambda width: mixed_precision(
+                network, width, self.quantizer, self.distilled_images(), sensitivities
+            ),
         }
         found: dict[str, nn.Module] = {}
         # Networks that are made in inference mode could not be exported.
         with torch.inference_mode(False), torch.no_grad():
-            if "zeroq" in self.rows:
-                images = distill_data(
-                    network,
-                    hp.zeroq_images,
-                    shape,
-                    hp.zeroq_steps,
-                    device=self.device,
-                    progress=self.trainer.is_global_zero,
-                )
+            if "mixed" in self.rows:
+                images = self.distilled_images()
+                sensitivities = weight_sensitivities(network, self.quantizer, images)
             for row in self.ready_rows:
                 for width in self.widths:
                     key = f"{row}_{width}"
@@ -137,6 +144,8 @@ class ComparedMethods(QuantizationGame):
                         found[key] = self.best[f"zaq_{width}"]
                     elif row in free:
                         found[key] = free[row](width)
+                        if row == "mixed":
+                            self.allocated_bits[str(width)] = weight_bits(found[key])
                     else:
                         found[key] = self.students[key]
         return found

@@ -1,14 +1,16 @@
 """A quantized network as integers: batch norms folded, weights as 8-bit codes, biases on the accumulator's grid.
 
 The result is a torch network that computes what integer kernels compute, so its accuracy is that of the exported
-model. It differs from the fake-quantized network it came from by the rounding of the biases only.
+model. It differs from the fake-quantized network it came from by the rounding of the biases, by that of the scales of
+what is added, and by that of what is on no grid, to 16 bits.
 """
 
 import copy
+import math
 import warnings
 from collections import Counter
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from lightning_modules.zaq.quantizers import (
 )
 
 LARGEST_CODE = 127
+LARGEST_UNIT = 2**15 - 1
 LARGEST_BIAS = 2**30
 """Of an int32 accumulator half is left to the bias."""
 SATURATION = 2**15 - 1
@@ -73,10 +76,13 @@ class IntegerActivation(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A convolution or linear layer with 8-bit weight codes, exact where its input is on a grid.
+    """A convolution or linear layer with 8-bit weight codes, whose sums of products are those of integers, and exact.
 
-    The sum of products of codes is exact (float64 holds it), is taken to float32 as by the kernels, multiplied once,
-    and rounded to the grid of the quantizer that follows directly.
+    Where the input is on a grid and the output is rounded directly, the sum is taken to float32 as by the kernels that
+    onnxruntime fuses, multiplied once, and rounded to the grid that follows. Where one of both is missing, and for the
+    weights of transposed convolutions and sequences apart, the file has operators on integers: a kernel of floats would
+    sum in an order of its own. An input on no grid is rounded to 16 bits over the largest value of its image, and
+    taken as two bytes.
 
     Attributes:
         codes: int8 or uint8, in the shape of the layer's weight.
@@ -94,6 +100,7 @@ class IntegerLayer(nn.Module):
     bias_scale: Tensor
     no_zero_point: Tensor
     input_scale: Tensor | None
+    input_zero_point: Tensor | None
     output_scale: Tensor | None
 
     def __init__(
@@ -111,16 +118,21 @@ class IntegerLayer(nn.Module):
         self.exporting = False
         centered, scale, bias = _centered_codes(layer, norm, name)
         self.register_buffer("input_scale", None if source is None else source.scale.clone())
+        self.register_buffer(
+            "input_zero_point", None if source is None else source.zero_point.clone()
+        )
         self.register_buffer("output_scale", None if target is None else target.scale.clone())
         if source is not None:
             centered, scale = _room_for_bias(centered, scale, bias, source.scale.double())
         zero_point = _zero_points(centered)
         codes = centered + _rows(zero_point, centered)
-        if source is not None and 2 * codes.abs().max() * (2**source.bits - 1) > SATURATION:
-            codes, zero_point = codes + 128, zero_point + 128
-        kind = torch.uint8 if codes.min() >= 0 and codes.max() > LARGEST_CODE else torch.int8
+        saturates = source is not None and 2 * codes.abs().max() * (2**source.bits - 1) > SATURATION
+        kind = torch.int8
+        if saturates or self._by_operators:
+            codes, zero_point, kind = codes + 128, zero_point + 128, torch.uint8
         self.register_buffer("codes", layer.channels_back(codes).to(kind).contiguous())
         self.register_buffer("zero_point", zero_point.to(kind))
+        self.one_zero_point = bool((zero_point == zero_point[0]).all())
         self.register_buffer("scale", scale.float())
         if self.input_scale is None:
             self.register_buffer("bias", bias.float())
@@ -130,12 +142,30 @@ class IntegerLayer(nn.Module):
         self.register_buffer("bias", units.to(torch.int32))
         self.register_buffer("no_zero_point", torch.zeros_like(self.bias))
 
+    @property
+    def _by_operators(self) -> bool:
+        """Whether the file says which integers to sum; onnxruntime finds out by itself where both grids are there."""
+        if self.linear:
+            return self.input_scale is None
+        if self.input_scale is not None and self.output_scale is not None:
+            return False
+        geometry: dict[str, Any] = self.compute.keywords
+        zeros = self.compute.func in (F.conv1d, F.conv2d)
+        return zeros and not isinstance(geometry["padding"], str)
+
     def forward(self, x: Tensor) -> Tensor:
         """As the layer, in float32."""
+        by_operators = self._by_operators and (x.ndim == 2 or not self.linear)
+        if self.exporting and not by_operators:
+            return self._fused(x)
         if self.exporting:
             return self._operators(x)
         weight = self.codes.double() - self._per_channel(self.zero_point.double(), self.axis)
         if self.input_scale is None:
+            if by_operators:
+                high, low, step = _bytes_of_units(x)
+                totals = [self.compute(part.double(), weight).float() for part in (high, low)]
+                return self._from_bytes(totals[0], totals[1], step)
             weight = weight * self._per_channel(self.scale.double(), self.axis)
             return self.compute(x, weight.float(), self.bias)
         codes = torch.round(x.double() / self.input_scale.double())
@@ -146,7 +176,11 @@ class IntegerLayer(nn.Module):
         multiplier = self._along(self.bias_scale / self.output_scale, total, channels)
         return torch.round(total * multiplier) * self.output_scale
 
-    def _operators(self, x: Tensor) -> Tensor:
+    def _from_bytes(self, high: Tensor, low: Tensor, step: Tensor) -> Tensor:
+        scale, bias = (self._along(values, high, 1) for values in (self.scale, self.bias))
+        return (high * 256 + low) * (step * scale) + bias
+
+    def _fused(self, x: Tensor) -> Tensor:
         weight = _dequantized(self.codes, self.scale, self.zero_point, self.codes.shape, self.axis)
         bias = self.bias
         if self.input_scale is not None:
@@ -155,6 +189,70 @@ class IntegerLayer(nn.Module):
             shape = (x.shape[0], self.codes.shape[0])
             return _operator("Gemm", [x, weight, bias], {"transB": 1}, torch.float32, shape)
         return self.compute(x, weight, bias)
+
+    def _operators(self, x: Tensor) -> Tensor:
+        if self.input_scale is not None and self.input_zero_point is not None:
+            operands = [x, self.input_scale, self.input_zero_point]
+            codes = _operator("QuantizeLinear", operands, {}, torch.uint8, x.shape)
+            total = self._products(codes, self.input_zero_point)
+            total = (total + self._along(self.bias, total, 1)).float()
+            return total * self._along(self.bias_scale, total, 1)
+        if self.linear:
+            x = x[:, :, None, None]
+        high, low, step = _bytes_of_units(x)
+        zeros = [torch.tensor(value, dtype=torch.uint8, device=x.device) for value in (128, 0)]
+        totals = [
+            self._products((part + zero).to(torch.uint8), zero).float()
+            for part, zero in zip((high, low), zeros, strict=True)
+        ]
+        result = self._from_bytes(totals[0], totals[1], step)
+        return result.flatten(1) if self.linear else result
+
+    def _products(self, x: Tensor, zero_point: Tensor) -> Tensor:
+        """Sums of products [B, C_out, ...], int32, of codes [B, C_in, ...] of type uint8.
+
+        The kernel knows one zero point of the weights only: what is missing to that of a channel comes from the sum of
+        its inputs.
+        """
+        codes = self.codes[:, :, None, None] if self.linear else self.codes
+        if self.one_zero_point:
+            return self._convolution(x, zero_point, codes, self.zero_point[0])
+        middle = torch.full_like(self.zero_point[0], 128)
+        total = self._convolution(x, zero_point, codes, middle)
+        missing = middle.int() - self.zero_point.int()
+        groups = 1 if self.linear else self.compute.keywords["groups"]
+        inputs = self._convolution(x, zero_point, torch.full_like(codes[:groups], 129), middle)
+        if groups > 1:
+            inputs = inputs.repeat_interleave(len(codes) // groups, 1)
+        return total + inputs * self._along(missing, total, 1)
+
+    def _convolution(self, x: Tensor, x_zero: Tensor, codes: Tensor, zero: Tensor) -> Tensor:
+        geometry: dict[str, Any] = {} if self.linear else self.compute.keywords
+        kernel = list(codes.shape[2:])
+        single = [1] * len(kernel)
+        strides, padding, dilations = (
+            list(geometry.get(name, default))
+            for name, default in (
+                ("stride", single),
+                ("padding", [0] * len(kernel)),
+                ("dilation", single),
+            )
+        )
+        sides = [
+            (side + 2 * pad - dilation * (size - 1) - 1) // stride + 1
+            for side, size, stride, pad, dilation in zip(
+                x.shape[2:], kernel, strides, padding, dilations, strict=True
+            )
+        ]
+        attributes = {
+            "strides": strides,
+            "pads": 2 * padding,
+            "dilations": dilations,
+            "group": geometry.get("groups", 1),
+            "kernel_shape": kernel,
+        }
+        shape = (x.shape[0], codes.shape[0], *sides)
+        return _operator("ConvInteger", [x, codes, x_zero, zero], attributes, torch.int32, shape)
 
     def _per_channel(self, values: Tensor, axis: int) -> Tensor:
         return self._along(values, self.codes, axis)
@@ -166,17 +264,28 @@ class IntegerLayer(nn.Module):
         return values.reshape(shape)
 
 
-class IntegerAddition(nn.Module):
-    """A sum of two activations on grids, rounded to a third as onnxruntime's kernel does on x86 processors.
+def _bytes_of_units(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers of any range as 16-bit codes in two parts, high in [-128, 127] and low in [0, 255], and their unit.
 
-    The kernel adds the zero point before it rounds and multiplies by quotients of scales in float32, which decides
-    ties and what is next to them.
+    The unit is a share of the largest number of an image [B, 1, ...]; ``256 * high + low`` of it are next to x.
+    """
+    step = x.abs().amax(tuple(range(1, x.ndim)), keepdim=True).clamp_min(1e-30) / LARGEST_UNIT
+    units = torch.round(x / step)
+    high = torch.floor(units / 256)
+    return high, units - 256 * high, step
+
+
+class IntegerAddition(nn.Module):
+    """A sum of two activations on grids, rounded to a third, as onnxruntime's kernel gives it.
+
+    The kernel adds the zero point before it rounds, and multiplies codes by quotients of scales in float32. In which
+    order, and with how many roundings, is up to the processor and the compiler; :func:`_align_scales` makes the
+    quotients so short that nothing is ever rounded.
     """
 
     scales: Tensor
     zero_points: Tensor
     quotients: Tensor
-    offset: Tensor
     scale: Tensor
     zero_point: Tensor
 
@@ -189,23 +298,42 @@ class IntegerAddition(nn.Module):
         self.register_buffer("scales", scales)
         self.register_buffer("zero_points", zero_points)
         self.register_buffer("quotients", scales / target.scale)
-        weighted = self.quotients * zero_points
-        self.register_buffer("offset", target.zero_point.float() - (weighted[0] + weighted[1]))
         self.register_buffer("scale", target.scale.clone())
         self.register_buffer("zero_point", target.zero_point.float())
         self.exporting = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 holds all that the kernel computes, in whatever order."""
+        quotients = self.quotients.double()
+        unit = _unit_of_sums(float(quotients.sum()))
+        units = quotients / unit
+        return unit <= 1 and bool((units == units.round()).all())
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Two tensors of shapes that broadcast."""
         if self.exporting:
             return first + second
-        total = self.offset
-        for i, x in ((1, second), (0, first)):
-            # A fused multiplication and addition: one rounding to float32.
-            codes = torch.round(x.double() / self.scales[i].double()) + self.zero_points[i]
-            total = (codes * self.quotients[i].double() + total.double()).float()
-        codes = torch.round(total).clamp(0, 255)
+        terms = [
+            torch.round(x / scale) * quotient
+            for x, scale, quotient in zip((first, second), self.scales, self.quotients, strict=True)
+        ]
+        codes = torch.round(terms[0] + terms[1] + self.zero_point).clamp(0, 255)
         return (codes - self.zero_point) * self.scale
+
+
+class FloatAddition(nn.Module):
+    """A sum whose quotients of scales cannot be made short; the maximum keeps onnxruntime from fusing it."""
+
+    lowest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("lowest", torch.tensor(torch.finfo(torch.float32).min))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Two tensors of shapes that broadcast."""
+        return torch.maximum(first + second, self.lowest)
 
 
 class IntegerMean(nn.Module):
@@ -231,13 +359,23 @@ class IntegerMean(nn.Module):
 INTEGER = (IntegerActivation, IntegerLayer, IntegerAddition)
 
 
+class RoundedSum(NamedTuple):
+    """A sum of two activations on grids that is put on a third one."""
+
+    node: fx.Node
+    terms: tuple[fx.Node, fx.Node]
+    grids: tuple[IntegerActivation, IntegerActivation]
+    target: IntegerActivation
+
+
 @torch.no_grad()
 def deploy(model: fx.GraphModule) -> fx.GraphModule:
     """The integer network of a quantized one, in evaluation mode; the quantized network stays as it is.
 
     Batch norms behind quantized layers are folded into the scales of the weight codes, which changes no code. Codes of
     few bits are multiplied to fill 8 bits, which makes the unit of the accumulator fine. Biases are rounded to whole
-    units where the input is on a grid. ReLUs that the quantizer behind them implies are left out.
+    units where the input is on a grid. ReLUs that the quantizer behind them implies are left out. Scales of sums and of
+    what they add get short quotients.
 
     Args:
         model: result of :func:`quantize_model` with ranges in all of its activation quantizers.
@@ -262,6 +400,7 @@ def deploy(model: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, ActivationQuantizer):
             deployed.set_submodule(name, IntegerActivation(module))
     _drop_implied_relus(deployed)
+    _align_scales(deployed)
     _replace_layers(deployed, norms)
     _replace_additions(deployed)
     _replace_means(deployed)
@@ -331,19 +470,61 @@ def _replace_layers(graph_module: fx.GraphModule, norms: dict[str, _BatchNorm]) 
         graph_module.set_submodule(name, integer)
 
 
-def _replace_additions(graph_module: fx.GraphModule) -> None:
-    for node in list(graph_module.graph.nodes):
+def _rounded_sums(graph_module: fx.GraphModule) -> list[RoundedSum]:
+    sums = []
+    for node in graph_module.graph.nodes:
         target = _only_user(graph_module, node)
         if target is None or not calls(graph_module, node, (), ADDITIONS, ADDING_METHODS):
             continue
         terms = [term for term in node.args if isinstance(term, fx.Node)]
         grids = [_activation(graph_module, source_of(graph_module, term)) for term in terms]
-        if len(terms) != 2 or grids[0] is None or grids[1] is None:
-            continue
-        graph_module.add_submodule(node.name, IntegerAddition(grids[0], grids[1], target))
+        if len(terms) == 2 and grids[0] is not None and grids[1] is not None:
+            sums.append(RoundedSum(node, (terms[0], terms[1]), (grids[0], grids[1]), target))
+    return sums
+
+
+def _align_scales(graph_module: fx.GraphModule) -> None:
+    """Scales of what is added become short multiples of the scale of the sum, from the last sum to the first.
+
+    They change by less than a hundredth of a code of the sum over the whole range. An activation keeps its scale once
+    a later sum has settled it.
+    """
+    settled: set[IntegerActivation] = set()
+    for rounded in reversed(_rounded_sums(graph_module)):
+        of = rounded.target.scale
+        settled.add(rounded.target)
+        # Quotients that grow by a unit, at most 1 each, still have to fit.
+        unit = _unit_of_sums(sum(float(grid.scale / of) for grid in rounded.grids) + 2)
+        for grid in rounded.grids:
+            if grid not in settled:
+                grid.scale.copy_(_short_multiple(grid.scale, of, unit))
+                settled.add(grid)
+
+
+def _unit_of_sums(quotients: float) -> float:
+    """The finest power of two of whose multiples float32 holds all sums of zero point and codes times quotients."""
+    return 2.0 ** -math.floor(math.log2(2**24 / (255 * (1 + quotients))))
+
+
+def _short_multiple(scale: Tensor, of: Tensor, unit: float) -> Tensor:
+    """The number next to ``scale`` whose quotient by ``of``, rounded to float32, is a whole number of units."""
+    nearest = max(1, round(float(scale / of) / unit))
+    for number in sorted(range(max(1, nearest - 8), nearest + 9), key=lambda n: abs(n - nearest)):
+        candidate = of * (number * unit)
+        if candidate / of == number * unit:
+            return candidate
+    return scale
+
+
+def _replace_additions(graph_module: fx.GraphModule) -> None:
+    for node, terms, grids, target in _rounded_sums(graph_module):
+        addition: nn.Module = IntegerAddition(*grids, target)
+        if not addition.exact:
+            addition = FloatAddition()
+        graph_module.add_submodule(node.name, addition)
         with graph_module.graph.inserting_after(node):
-            addition = graph_module.graph.call_module(node.name, tuple(terms))
-        node.replace_all_uses_with(addition)
+            replacement = graph_module.graph.call_module(node.name, terms)
+        node.replace_all_uses_with(replacement)
         graph_module.graph.erase_node(node)
 
 

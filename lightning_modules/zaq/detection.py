@@ -27,7 +27,8 @@ class ZAQDetection(ComparedMethods):
 
     P and Q are compared in the class scores and the box offsets of all default boxes, each output by its mean, and in
     the feature maps at the ends of the backbone's stages (our choice: no code of the paper's detection was released).
-    Further arguments and errors are those of :class:`~lightning_modules.zaq.game.QuantizationGame`; GDFQ is refused.
+    Further arguments and errors are those of :class:`~lightning_modules.zaq.game.QuantizationGame`; baselines
+    that learn from the class of an image are refused.
 
     Args:
         num_classes: K, without the background; must be the data's.
@@ -42,7 +43,9 @@ class ZAQDetection(ComparedMethods):
     teacher: Detector
     truth = ("boxes", "object_labels")
     refused = {  # noqa: RUF012
-        "gdfq": "GDFQ draws a class for every image and has P classify it, and a detector's images have none"
+        "gdfq": "GDFQ draws a class for every image and has P classify it, and a detector's images have none",
+        "zeroq_kd": "it distils the class of an image, and a detector's images have none",
+        "mixed": "sensitivities compare the class of an image, and a detector's images have none",
     }
     score_name = "mean average precision at IoU 0.5"
     class_axis = 2

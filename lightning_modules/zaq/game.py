@@ -8,7 +8,8 @@ Order of things:
 1. The float network P comes from a checkpoint, or is trained on the training images before the run begins.
 2. For every width, the game: K steps of the quantized copy Q, which minimises its distance from P on generated images,
    per step of the generator, which maximises it. No image of the data is in reach: the batches hold none.
-3. For every width, the baselines that train: GDFQ on generated images, FT on training images, an upper bound.
+3. For every width, the baselines that train: on ZeroQ's distilled images, GDFQ on generated images, FT on training
+   images, an upper bound.
 4. In the test the baselines that do not train (RQ, DFQ, ACIQ, ZeroQ) are made of P, and all are compared
    (:mod:`~lightning_modules.zaq.comparison`).
 """
@@ -59,7 +60,7 @@ from lightning_modules.zaq.methods import (
 )
 from lightning_modules.zaq.observers import Observer
 from lightning_modules.zaq.quantizers import STE, QuantSpec
-from lightning_modules.zaq.zeroq import network_statistics_loss, record_norm_inputs
+from lightning_modules.zaq.zeroq import distill_data, network_statistics_loss, record_norm_inputs
 
 
 class QuantizationGame(AdversarialModule):
@@ -81,7 +82,8 @@ class QuantizationGame(AdversarialModule):
         teacher_steps: batches of 64 of P's training.
         teacher_lr: its learning rate at the start, for Adam.
         widths: bits like ``W4A4``, each a game of its own; the first one is what ``predict`` uses.
-        baselines: methods to compare with: ``rq``, ``dfq``, ``aciq``, ``zeroq``, ``gdfq``, ``ft``.
+        baselines: methods to compare with: ``rq``, ``dfq``, ``aciq``, ``zeroq``, ``mixed``, ``zeroq_kd``, ``gdfq``,
+            ``ft``.
         preset: ``paper``, ``released`` or ``best``, see :data:`PRESETS`; the next eight arguments override it.
         alpha, beta, feature_loss, bn_mode, range_epochs, bns_weight, share_relu_ranges, reuse_fakes: see
             :class:`Preset`. ``range_epochs`` of 0 stands for all epochs.
@@ -203,6 +205,7 @@ class QuantizationGame(AdversarialModule):
         self._build_networks()
         self.layer_distances: Tensor | None = None
         """Mean [L] over Q's steps of the last batch; None where no layers are weighted."""
+        self._distilled: Tensor | None = None
         # P and the copies that are not being trained are in evaluation mode by design.
         warnings.filterwarnings("ignore", r".*module\(s\) in eval mode at the start of training")
         # The schedulers of the stages to come are stepped as well, to where their stage begins.
@@ -586,6 +589,20 @@ class QuantizationGame(AdversarialModule):
         if stage.method != "zaq" or not self._weights_layers:
             return None
         return cast(LayerWeightEMA, self.layer_weights[stage.key])
+
+    def distilled_images(self) -> Tensor:
+        """ZeroQ's images, made when they are first needed: they depend on P and the seed alone, on every process."""
+        if self._distilled is None:
+            hp = self.hp
+            self._distilled = distill_data(
+                self.float_network,
+                hp.zeroq_images,
+                (hp.in_channels, hp.image_size, hp.image_size),
+                hp.zeroq_steps,
+                device=self.device,
+                progress=self.trainer.is_global_zero,
+            )
+        return self._distilled.to(self.device)
 
     def ft_step(self, batch: dict[str, Any]) -> None:
         """An update of Q on a batch of training images."""

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 from lightning_modules.zaq.baselines import Width
 from lightning_modules.zaq.losses import FeatureLoss
 
-Baseline = Literal["rq", "dfq", "aciq", "zeroq", "gdfq", "ft"]
-Trained = Literal["zaq", "gdfq", "ft"]
+Baseline = Literal["rq", "dfq", "aciq", "zeroq", "mixed", "zeroq_kd", "gdfq", "ft"]
+Trained = Literal["zaq", "zeroq_kd", "gdfq", "ft"]
 """In the order of their stages."""
 BNMode = Literal["frozen", "train"]
 Decay = Literal["constant", "step", "cosine"]
@@ -18,6 +18,8 @@ ROWS = {
     "dfq": "DFQ",
     "aciq": "ACIQ, ranges from batch norms",
     "zeroq": "ZeroQ, ranges only",
+    "mixed": "ZeroQ, bits for each layer",
+    "zeroq_kd": "ZeroQ, distillation, last epoch",
     "gdfq": "GDFQ, last epoch",
     "zaq": "ZAQ, last epoch",
     "zaq_best": "ZAQ, best epoch on validation images",
@@ -25,7 +27,7 @@ ROWS = {
 }
 """Rows of the table in the order in which they are printed."""
 
-NEED_BATCH_NORMS = ("dfq", "aciq", "zeroq", "gdfq")
+NEED_BATCH_NORMS = ("dfq", "aciq", "zeroq", "mixed", "zeroq_kd", "gdfq")
 
 BEST_IS_NOT_ZERO_SHOT = (
     "the best epoch was chosen with labelled images: it is not zero-shot, and nothing else uses it"

@@ -1,4 +1,4 @@
-"""ZAQ of a classifier, and GDFQ, whose generated images have classes."""
+"""ZAQ of a classifier, and the baselines that learn from classes: GDFQ, and distillation on ZeroQ's images."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.supervised.classifier import NO_CLASS, Classifier
+from lightning_modules.zaq.attach import calibrate
 from lightning_modules.zaq.comparison import ComparedMethods
 from lightning_modules.zaq.gdfq import gdfq_generator_loss, gdfq_student_loss
 from lightning_modules.zaq.generators import GDFQGenerator
@@ -31,6 +32,8 @@ class ZAQ(ComparedMethods):
         gdfq_latent_dim: of its generator, which has ``ngf`` and ``up_blocks`` in common with ZAQ's.
         gdfq_lr_q, gdfq_lr_g: learning rates, with Nesterov's momentum and Adam (0.5, 0.999).
         gdfq_bns_weight, gdfq_temperature, gdfq_alpha: see :mod:`~lightning_modules.zaq.gdfq`.
+        zeroq_kd_epochs: of the distillation of P into Q on ZeroQ's images (ours), with the loss and the rate of GDFQ's
+            Q.
         **options: those of the game.
 
     Raises:
@@ -56,6 +59,7 @@ class ZAQ(ComparedMethods):
         gdfq_bns_weight: float = 0.1,
         gdfq_temperature: float = 20.0,
         gdfq_alpha: float = 1.0,
+        zeroq_kd_epochs: int = 100,
         **options: Any,
     ) -> None:
         super().__init__(num_classes, network, **options)
@@ -99,7 +103,7 @@ class ZAQ(ComparedMethods):
 
     def _check_arguments(self) -> None:
         super()._check_arguments()
-        self._demand_at_least(gdfq_epochs=1, gdfq_warmup_epochs=1)
+        self._demand_at_least(gdfq_epochs=1, gdfq_warmup_epochs=1, zeroq_kd_epochs=1)
         if self.hp.pretrained and self.hp.teacher is not None:
             raise ValueError("P is either --model.teacher or --model.pretrained, not both")
 
@@ -107,15 +111,16 @@ class ZAQ(ComparedMethods):
         if not self.hp.pretrained:
             super()._get_teacher(data)
 
-    # ------------------------------------------------------------------ GDFQ
+    # ------------------------------------------------------------------ baselines that learn from classes
     def trainings(self) -> dict[Trained, Training]:
-        """With GDFQ, if it is wanted."""
+        """With GDFQ and distillation, if they are wanted."""
         hp, trainings = self.hp, super().trainings()
+        # Released code of GDFQ: rates fall at 100, 200 and 300 of 400 epochs.
+        student = Training(hp.gdfq_epochs, hp.gdfq_lr_q, 1e-4, nesterov=True, decay_parts=4)
+        if "zeroq_kd" in hp.baselines:
+            trainings["zeroq_kd"] = student._replace(epochs=hp.zeroq_kd_epochs)
         if "gdfq" in hp.baselines:
-            # Released code: rates fall at 100, 200 and 300 of 400 epochs.
-            trainings["gdfq"] = Training(
-                hp.gdfq_epochs, hp.gdfq_lr_q, 1e-4, True, hp.gdfq_lr_g, (0.5, 0.999), decay_parts=4
-            )
+            trainings["gdfq"] = student._replace(lr_g=hp.gdfq_lr_g, betas=(0.5, 0.999))
         return trainings
 
     def build_generator(self, method: Trained) -> nn.Module:
@@ -148,6 +153,31 @@ class ZAQ(ComparedMethods):
         with self.update(f"{stage.key}_student") as minimize:
             found = gdfq_student_loss(
                 student(fakes), logits, labels, hp.gdfq_temperature, hp.gdfq_alpha
+            )
+            minimize(
+                q_distillation=hp.gdfq_alpha * found["distillation"],
+                q_classification=found["classification"],
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Distillation begins with the ranges of ZeroQ's images."""
+        super().on_train_epoch_start()
+        stage = self.stage
+        if stage.method == "zeroq_kd" and self.current_epoch == stage.start:
+            calibrate(self.students[stage.key], [self.distilled_images()])
+
+    def zeroq_kd_step(self, batch: dict[str, Any]) -> None:
+        """An update of Q on as many distilled images as the batch has rows, whose labels are what P says."""
+        hp = self.hp
+        student = self._student_in_training("frozen", observes=False)
+        images = self.distilled_images()
+        chosen = self.draw("distilled", "uniform", len(batch["index"])) * len(images)
+        images = images[chosen.long()]
+        with torch.no_grad():
+            logits = self.float_network(images)
+        with self.update(f"{self.stage.key}_student") as minimize:
+            found = gdfq_student_loss(
+                student(images), logits, logits.argmax(1), hp.gdfq_temperature, hp.gdfq_alpha
             )
             minimize(
                 q_distillation=hp.gdfq_alpha * found["distillation"],

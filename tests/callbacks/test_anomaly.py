@@ -178,7 +178,7 @@ def test_a_module_without_rows_is_refused(tmp_path: Path) -> None:
     trainer.test(BoringGAN(), loader(), verbose=False)  # only predict needs a reconstruction
     with pytest.raises(MisconfigurationException, match="reconstruct"):
         trainer.predict(BoringGAN(), loader())
-    with pytest.raises(ValueError, match="count=0"):
+    with pytest.raises(ValueError, match="pictures=0"):
         AnomalySheet(0)
 
 

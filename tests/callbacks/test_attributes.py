@@ -182,7 +182,7 @@ def test_classes(tmp_path: Path) -> None:
 
 
 def test_table_picture_and_several_data_sets(tmp_path: Path) -> None:
-    found = judged(tmp_path, data=Joint(), rows=2)
+    found = judged(tmp_path, data=Joint(), pictures=2)
     assert found["0/target"] == found["1/target"] == 100
     assert "0/error_object" in found
     assert "1/error_object" not in found
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"judge_steps": 0}, {"gan_train_steps": -1}, {"rows": 0}, {"judge_network": "large"}],
+    [{"judge_steps": 0}, {"gan_train_steps": -1}, {"pictures": 0}, {"judge_network": "large"}],
 )
 def test_impossible_arguments(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -23,7 +23,9 @@ class PictureLogger(CSVLogger):
         super().__init__(str(path))
         self.received: list[tuple[Any, ...]] = []
 
-    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+    def log_image(
+        self, key: str, images: list[Any], step: int | None = None, caption: Any = None
+    ) -> None:
         self.received.append((key, images, step))
 
     def log_table(self, key: str, columns: Any, data: Any, step: int | None = None) -> None:
@@ -63,12 +65,15 @@ class StateWitness(Callback):
 def test_draws_every_n_epochs_and_tells_the_loggers(tmp_path: Path) -> None:
     logger = PictureLogger(tmp_path / "log")
     trainer = boring_trainer(
-        tmp_path, max_epochs=4, logger=[logger], callbacks=[ImageGrid(every_n_epochs=2, columns=3)]
+        tmp_path, max_epochs=4, logger=[logger], callbacks=[ImageGrid(every_n_epochs=2, pictures=3)]
     )
     trainer.fit(BoringGAN(), loader(), loader())
     files = sorted((tmp_path / "images").iterdir())
     assert [file.name for file in files] == ["grid-1.png", "grid-3.png"]
-    assert logger.received == [("grid", [str(files[0])], 8), ("grid", [str(files[1])], 16)]
+    assert logger.received == [
+        ("images/grid", [str(files[0])], 8),
+        ("images/grid", [str(files[1])], 16),
+    ]
     # Three columns and two rows of 48 pixels, with the titles in the margin on the left.
     width, height = Image.open(files[0]).size
     assert height == 2 * 48 + 3 * 2
@@ -92,7 +97,7 @@ def test_training_does_not_notice(tmp_path: Path) -> None:
 
 def test_same_samples_and_same_noise_in_every_epoch(tmp_path: Path) -> None:
     module = GridWitness()
-    trainer = boring_trainer(tmp_path, max_epochs=3, callbacks=[ImageGrid(columns=3)])
+    trainer = boring_trainer(tmp_path, max_epochs=3, callbacks=[ImageGrid(pictures=3)])
     trainer.fit(module, loader(), loader())
     assert len(module.calls) == 3
     for index, noise in module.calls:
@@ -118,8 +123,8 @@ def test_without_validation_a_resumed_run_keeps_its_training_samples(tmp_path: P
 def test_module_without_pictures_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="image_grid"):
         boring_trainer(tmp_path, callbacks=[ImageGrid()]).fit(BoringModel())
-    with pytest.raises(ValueError, match="columns=0"):
-        ImageGrid(columns=0)
+    with pytest.raises(ValueError, match="pictures=0"):
+        ImageGrid(pictures=0)
 
 
 def test_labelled_grid_keeps_values_and_order() -> None:
@@ -170,10 +175,10 @@ def test_media_reach_files_and_loggers(tmp_path: Path) -> None:
     assert table is not None
     assert table.read_text().splitlines() == ["a,b", '1,"x, y"']
     assert [(entry[0], entry[-1]) for entry in logger.received] == [
-        ("val/real", 7),
-        ("again", 8),
-        ("curve", 0),
-        ("test/rows", 9),
+        ("images/val/real", 7),
+        ("images/again", 8),
+        ("images/curve", 0),
+        ("tables/test/rows", 9),
     ]
     with pytest.raises(ValueError, match="1 values for 2 columns"):
         log_table(trainer, "bad", ["a", "b"], [[1]])

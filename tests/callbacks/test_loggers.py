@@ -1,6 +1,5 @@
 import csv
-import json
-from importlib import import_module
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +8,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.checkpoint import ResumableCheckpoint
 from callbacks.loggers import MetricsFile, ResumableCSVLogger, RunWandbLogger
 from tests.callbacks.boring import BoringGAN, boring_trainer, loader, run_fresh
+from tests.wandb_file import WandbFile
 
 
 class KilledError(RuntimeError):
@@ -181,7 +182,7 @@ def test_offline_is_what_was_asked_for_or_the_lack_of_a_login(
     if environment:
         monkeypatch.setenv("WANDB_MODE", environment)
     _stub_wandb(monkeypatch, logged_in, settings)
-    assert RunWandbLogger(save_dir=str(tmp_path), offline=offline)._mode(tmp_path) == expected
+    assert RunWandbLogger(save_dir=str(tmp_path), offline=offline)._mode() == expected
 
 
 WANDB_RUNS = """
@@ -206,33 +207,6 @@ for mode in ("offline", None):
 """
 
 
-def _records(path: Path) -> list[Any]:
-    """The records of a ``.wandb`` file: LevelDB's log format behind seven bytes, holding wandb's own messages."""
-    wandb_internal_pb2: Any = import_module("wandb.proto.wandb_internal_pb2")
-
-    data, records, whole = path.read_bytes(), [], b""
-    assert data[:4] == b":W&B"
-    position, block = 7, 32768
-    while position + 7 <= len(data):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        size = int.from_bytes(data[position + 4 : position + 6], "little")
-        kind = data[position + 6]
-        whole += data[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            records.append(record)
-            whole = b""
-    return records
-
-
-def _values(items: Any) -> dict[str, Any]:
-    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
-
-
 def test_real_offline_wandb_run_is_complete_and_continued(tmp_path: Path) -> None:
     login = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
     login["WANDB_CONFIG_DIR"] = str(tmp_path / "config")
@@ -240,25 +214,61 @@ def test_real_offline_wandb_run_is_complete_and_continued(tmp_path: Path) -> Non
     printed = run_fresh(WANDB_RUNS, str(directory), **login)
     kept = (directory / "wandb-id.txt").read_text().strip()
     assert [line for line in printed.splitlines() if line.startswith("id")] == [f"id {kept}"] * 2
-    # Only the second run had to find out for itself that nobody is logged in.
-    assert printed.count("wandb: not logged in") == 1
+    assert printed.count("wandb: run") == 2
 
     folders = sorted((directory / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
-    for folder in folders:
-        records = _records(folder / f"run-{kept}.wandb")
-        run = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+    parts = [WandbFile(folder) for folder in folders]
+    for part in parts:
+        run = part.run
         assert (run.run_id, run.project, run.display_name) == (kept, "a-project", "a-name")
         assert (list(run.tags), run.run_group) == (["t"], "g")
-        config: dict[str, Any] = {}
-        for record in records:
-            config |= _values(record.config.update)
-        assert config["lr"] == 0.03125
-        history = [_values(record.history.item) for record in records if record.history.item]
-        losses = [row for row in history if "train/generator" in row]
-        assert [row["trainer/global_step"] for row in losses] == list(range(8))
-        grids = [row for row in history if "grid.filenames" in row]
-        assert [row["trainer/global_step"] for row in grids] == [4, 8]
-        for name in (name for row in grids for name in row["grid.filenames"]):
-            assert (folder / "files" / name).stat().st_size > 100
-        assert any(row.get("a/table._type") == "table-file" for row in history)
+        assert part.config["lr"] == 0.03125
+    # The second run does the same batches over again, so that all of it is there already.
+    history = parts[0].history
+    assert not parts[1].history
+    losses = [row for row in history if "train/generator" in row]
+    assert [row["trainer/global_step"] for row in losses] == list(range(8))
+    assert [row["trainer/global_step"] for row in history if "images/grid" in row] == [4, 8]
+    pictures = list(parts[0].images())
+    assert [caption for _, caption, _ in pictures] == ["grid-0.png", "grid-1.png"]
+    assert all(file.stat().st_size > 100 for _, _, file in pictures)
+    assert list(parts[0].tables()) == [("tables/a/table", {"columns": ["x"], "data": [[1]]})]
+
+
+def test_rows_wait_for_a_full_disk(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(3):
+        file.log_metrics({"a": 0.125 * step}, step)
+        try:
+            if step == 1:
+                size = file.path.stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 3, limit[1]))
+                with pytest.warns(
+                    UserWarning, match=r"metrics\.csv cannot be written .*rows are kept"
+                ):
+                    file.save()
+                assert file.path.stat().st_size == size, "no half row"
+            else:
+                file.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert file.path.read_text().split() == ["a,step", "0.0,0", "0.125,1", "0.25,2"]
+
+
+def test_a_test_that_is_repeated_on_resume_is_not_doubled(tmp_path: Path) -> None:
+    """Killed in its test, the run has nothing left to train, and its first row is that of the test."""
+    for ckpt_path in (None, tmp_path / "checkpoints" / "last.ckpt"):
+        trainer = boring_trainer(
+            tmp_path,
+            callbacks=[ResumableCheckpoint()],
+            enable_checkpointing=True,
+            logger=ResumableCSVLogger(str(tmp_path)),
+        )
+        trainer.fit(BoringGAN(), loader(), ckpt_path=ckpt_path)
+        trainer.test(trainer.lightning_module, loader(), verbose=False)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["test/score/mean"] != "" for row in rows) == 1
+    assert len(rows) == 9

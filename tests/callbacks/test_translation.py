@@ -252,7 +252,7 @@ def test_during_training_judges_are_trained_once(
         fitted.append(arguments[-1])
         return fit_judge(*arguments)
 
-    monkeypatch.setattr("callbacks.translation.fit_judge", noted)
+    monkeypatch.setattr("callbacks.judging.fit_judge", noted)
     callback = report(every_n_epochs=2, num_images=7)
     trainer = boring_trainer(tmp_path, callbacks=[callback], max_epochs=5)
     data = Data("mask")

@@ -54,7 +54,7 @@ def test_positions_hold_no_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"holdout": 1.0}, {"crop_padding": -1}, {"image_size": 0}, {"train_limit": 0}]
+    "options", [{"val_fraction": 1.0}, {"crop_padding": -1}, {"image_size": 0}, {"train_limit": 0}]
 )
 def test_impossible_arguments(options: dict[str, Any]) -> None:
     (name,) = options

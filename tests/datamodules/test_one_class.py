@@ -237,7 +237,7 @@ def test_own_folders(make_tree: Callable[..., Path]) -> None:
         ({"outlier_proportion": 1.0}, r"outlier_proportion=1.0 is a fraction"),
         ({"outlier_proportion": 0.1, "outliers_per_class": 1}, "set one to null"),
         ({"outliers_per_class": 0}, "outliers_per_class=0 must be at least 1"),
-        ({"holdout": 0.0}, "holdout=0.0 is a fraction"),
+        ({"val_fraction": 0.0}, "val_fraction=0.0 is a fraction"),
         ({"train_limit": 0}, "train_limit=0 must be at least 1"),
         ({"dataset": "mnist", "holdout_inliers": False}, "mnist has one; use"),
         ({"patch_size": 20}, "patch_size=20 does not apply to digits"),
@@ -274,7 +274,7 @@ def ped2_root(save_clip: Callable[..., Path], anomalous: bool = True) -> Path:
 
 def test_ped2(save_clip: Callable[..., Path]) -> None:
     root = str(ped2_root(save_clip))
-    data = ready("ped2", root, patch_size=10, batch_size=4, holdout=0.3, eval_batch_size=5)
+    data = ready("ped2", root, patch_size=10, batch_size=4, val_fraction=0.3, eval_batch_size=5)
     assert part(data.test).sample_shape == (3, 8, 8)
     train, val = part(data.train), part(data.val)
     # Whole clips are held out: two of the five, 8 patches each.
@@ -290,14 +290,14 @@ def test_ped2(save_clip: Callable[..., Path]) -> None:
     assert data.frame_labels is not None
     assert data.frame_labels.tolist() == [0, 0, 0, 0, 1, 1]
     assert data.split_info == {
-        **{"dataset": "ped2", "patch_size": 10, "motion_threshold": 5.0, "holdout": 0.3},
+        **{"dataset": "ped2", "patch_size": 10, "motion_threshold": 5.0, "val_fraction": 0.3},
         **{"holdout_inliers": True, "train_limit": None},
         "counts": {
             **{"train": 24, "val": 16, "test_normal": 7, "test_outlier": 1},
             **{"test_frames": 6, "test_anomalous_frames": 2},
         },
     }
-    limited = ready("ped2", root, patch_size=10, batch_size=4, holdout=0.3, train_limit=5)
+    limited = ready("ped2", root, patch_size=10, batch_size=4, val_fraction=0.3, train_limit=5)
     assert len(part(limited.train)) == 5
     assert pixels(limited.val) == pixels(data.val)
 
@@ -306,8 +306,8 @@ def test_ped2_that_cannot_be_used(save_clip: Callable[..., Path]) -> None:
     root = str(ped2_root(save_clip, anomalous=False))
     with pytest.raises(ValueError, match="8 are normal and 0 anomalous"):
         ready("ped2", root, patch_size=10, stage="test")
-    with pytest.raises(ValueError, match=r"holdout=0.95 leaves none of the 5 training clips"):
-        ready("ped2", root, patch_size=10, holdout=0.95, stage="fit")
+    with pytest.raises(ValueError, match=r"val_fraction=0.95 leaves none of the 5 training clips"):
+        ready("ped2", root, patch_size=10, val_fraction=0.95, stage="fit")
     with pytest.raises(FileNotFoundError, match="Train is missing"):
         ready("ped2", root + "/UCSDped2/Train")
 
@@ -317,7 +317,7 @@ def test_split_info_is_plain() -> None:
     assert json.loads(json.dumps(info)) == info
     assert list(info) == [
         *("dataset", "normal", "normal_count", "split", "outlier_proportion"),
-        *("outliers_per_class", "outlier_classes", "test_limit", "holdout", "holdout_inliers"),
+        *("outliers_per_class", "outlier_classes", "test_limit", "val_fraction", "holdout_inliers"),
         *("train_limit", "counts"),
     ]
     assert len(info["normal"]) == 2

@@ -71,12 +71,12 @@ def test_no_unknown_digit_reaches_training_or_validation(protocol: str, split: i
         assert not unknown & {image.numpy().tobytes() for image in images_of(loader)}
 
 
-@pytest.mark.parametrize(("dataset", "root", "holdout"), FAKES)
+@pytest.mark.parametrize(("dataset", "root", "val_fraction"), FAKES)
 def test_no_unknown_image_reaches_training_or_validation(
-    dataset: str, root: str, holdout: float | None, request: pytest.FixtureRequest
+    dataset: str, root: str, val_fraction: float | None, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(root)
-    data = ready(dataset, str(folder), image_size=16, batch_size=8, holdout=holdout)
+    data = ready(dataset, str(folder), image_size=16, batch_size=8, val_fraction=val_fraction)
     check_no_leak(data)
     for known in (part(data.train), part(data.val), part(data.test_known)):
         # The pixels of the fakes tell the class, so this does not rely on any bookkeeping.
@@ -111,7 +111,7 @@ def test_mixed_sources_take_unknowns_from_cifar100(cifar_root: Path) -> None:
 def test_mnist_holds_out_its_last_training_images(
     mnist_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"100 MNIST training images.*--data.holdout 0.1"):
+    with pytest.raises(ValueError, match=r"100 MNIST training images.*--data.val_fraction 0.1"):
         ready("mnist", str(mnist_root))
     monkeypatch.setattr("datamodules.open_set.MNIST_HOLDOUT", 15)
     data = ready("mnist", str(mnist_root), image_size=28)
@@ -129,7 +129,7 @@ def test_holdout_is_stratified_and_the_same_in_every_run(monkeypatch: pytest.Mon
     again = ready("digits", image_size=8)
     assert torch.equal(part(again.train).images, train.images)
     assert torch.equal(part(again.val).images, val.images)
-    more = ready("digits", image_size=8, holdout=0.5)
+    more = ready("digits", image_size=8, val_fraction=0.5)
     assert len(part(more.val)) == pytest.approx(len(part(more.train)), abs=6)
 
 
@@ -223,7 +223,7 @@ def test_duplicate_splits_are_flagged() -> None:
         ({"image_size": 0}, "image_size=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"train_limit": 0}, "train_limit=0 must be at least 1"),
-        ({"holdout": 1.0}, "holdout=1.0 is a fraction"),
+        ({"val_fraction": 1.0}, "val_fraction=1.0 is a fraction"),
     ],
 )
 def test_bad_arguments_are_errors_before_any_data_are_read(

@@ -244,8 +244,8 @@ def training_steps(case: Case) -> Values:
     fit_one_epoch(module.double(), Pairs((a + 1) / 2, (b + 1) / 2), 1)
     with torch.no_grad():
         after = {
-            "fake_B_after": module.generate(a[:1], "AtoB"),
-            "fake_A_after": module.generate(b[:1], "BtoA"),
+            "fake_B_after": module.translate_raw(a[:1], "AtoB"),
+            "fake_A_after": module.translate_raw(b[:1], "BtoA"),
             "pred_D_A_real_B": module.discriminator_b(b[:1]),
             "pred_D_B_real_A": module.discriminator_a(a[:1]),
         }

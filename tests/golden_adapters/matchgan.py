@@ -180,13 +180,13 @@ class _ScriptedMatchGAN(MatchGAN):
 
     def __init__(self, inputs: Case, **arguments: Any) -> None:
         g, d = inputs["g"], inputs["d"]
-        given = {k: inputs[k] for k in OPTIONS if k in inputs}
+        given = {ours: inputs[theirs] for theirs, ours in OPTIONS.items() if theirs in inputs}
         super().__init__(
             image_size=d["image_size"],
-            g_conv_dim=g["conv_dim"],
-            g_repeat_num=g["repeat_num"],
-            d_conv_dim=d["conv_dim"],
-            d_repeat_num=d["repeat_num"],
+            ngf=g["conv_dim"],
+            n_blocks=g["repeat_num"],
+            ndf=d["conv_dim"],
+            n_layers=d["repeat_num"],
             attributes=[f"a{i}" for i in range(g["c_dim"])],
             **given,
             **arguments,
@@ -209,16 +209,9 @@ class _ScriptedMatchGAN(MatchGAN):
         self.steps.append(self.losses)
 
 
-OPTIONS = (
-    "lambda_cls",
-    "lambda_rec",
-    "lambda_gp",
-    "lambda_match",
-    "n_critic",
-    "g_lr",
-    "d_lr",
-    "betas",
-)
+SAME = ("lambda_cls", "lambda_rec", "lambda_gp", "lambda_match", "n_critic", "betas")
+OPTIONS = {name: name for name in SAME} | {"g_lr": "lr_g", "d_lr": "lr_d"}
+"""Options of a case, and what the module calls them."""
 
 
 def step(case: Case) -> Values:
@@ -239,7 +232,7 @@ def step(case: Case) -> Values:
         module.class_label(source) if known else None,
         module.class_label(target),
     )
-    fake = module.generate(task.images, target).detach()
+    fake = module.translate_raw(task.images, target).detach()
     d_terms = module.discriminator_terms(task, fake)
     d_terms["d_gp"] = module.penalty(task, fake, _tensor(inputs["alpha"]))
     g_terms = module.generator_terms(task)

@@ -217,7 +217,7 @@ def training_steps(case: Case) -> Values:
     with torch.no_grad():
         p, q = (patch_grid(images[:1])[:, 0] for images in (a, b))
         map_p, _, logits = module.siamese(p, q)
-        translated = module.generate(a[:1], "AtoB")[..., ::4, ::4]
+        translated = module.translate_raw(a[:1], "AtoB")[..., ::4, ::4]
     return {
         "losses": module.steps,
         "fake_B_after_strided": translated,

@@ -509,16 +509,16 @@ def defaults(case: Case) -> Values:
         "counterfactual_speed": "search_speed",
         "counterfactual_distance_weight": "distance_weight",
         "weibull_tail": "openmax_tail",
+        "finetune_lr": "lr_kplusone",
+        "gradient_penalty_weight": "lambda_gp",
     }
     same = (
-        "finetune_lr",
         "latent_size",
         "scale",
         "discriminator_real_weight",
         "discriminator_fake_weight",
         "generator_weight",
         "reconstruction_weight",
-        "gradient_penalty_weight",
         "joint_epochs",
     )
     return {

@@ -238,13 +238,13 @@ class _ScriptedStarGAN(StarGAN):
 
     def __init__(self, inputs: Case, **arguments: Any) -> None:
         g, d = inputs["g"], inputs["d"]
-        given = {k: inputs[k] for k in OPTIONS if k in inputs}
+        given = {ours: inputs[theirs] for theirs, ours in OPTIONS.items() if theirs in inputs}
         super().__init__(
             image_size=d["image_size"],
-            g_conv_dim=g["conv_dim"],
-            g_repeat_num=g["repeat_num"],
-            d_conv_dim=d["conv_dim"],
-            d_repeat_num=d["repeat_num"],
+            ngf=g["conv_dim"],
+            n_blocks=g["repeat_num"],
+            ndf=d["conv_dim"],
+            n_layers=d["repeat_num"],
             **given,
             **arguments,
         )
@@ -264,7 +264,9 @@ class _ScriptedStarGAN(StarGAN):
         self.steps.append(self.losses)
 
 
-OPTIONS = ("lambda_cls", "lambda_rec", "lambda_gp", "n_critic", "g_lr", "d_lr", "betas")
+SAME = ("lambda_cls", "lambda_rec", "lambda_gp", "n_critic", "betas")
+OPTIONS = {name: name for name in SAME} | {"g_lr": "lr_g", "d_lr": "lr_d"}
+"""Options of a case, and what the module calls them."""
 
 
 def _names(count: int, first: str = "a") -> list[str]:
@@ -290,7 +292,7 @@ def step(case: Case) -> Values:
         for c in (labels, wanted)
     )
     task = Task(_tensor(inputs["x_real"]), source, target, labels, wanted)
-    fake = module.generate(task.images, target).detach()
+    fake = module.translate_raw(task.images, target).detach()
     d_terms = module.discriminator_terms(task, fake)
     d_terms["d_gp"] = module.penalty(task, fake, _tensor(inputs["alpha"]))
     g_terms = module.generator_terms(task)

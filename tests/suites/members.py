@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ TINY_ATTRIBUTES: dict[str, object] = {
     "data.shapes_train": 80,
     "data.shapes_val": 8,
     "data.shapes_test": 8,
-    "model.g_conv_dim": 2,
-    "model.g_repeat_num": 1,
-    "model.d_conv_dim": 2,
+    "model.ngf": 2,
+    "model.n_blocks": 1,
+    "model.ndf": 2,
     "model.total_steps": 12,
     "model.decay_steps": 6,
     "model.steps_per_epoch": 3,
@@ -164,7 +165,7 @@ ALL = [
         "tests/suites/quick_attributes.yaml",
         tiny=TINY_ATTRIBUTES,
         # Adam makes full steps of what is left of a gradient that is nearly 0.
-        parity={"model.g_lr": 1e-4, "model.n_critic": 5},
+        parity={"model.lr_g": 1e-4, "model.n_critic": 5},
         batches=(2, 8),
     ),
     Member(
@@ -173,7 +174,7 @@ ALL = [
         "tests/suites/quick_attributes.yaml",
         # Two blocks: one for each of two processes.
         tiny={**TINY_ATTRIBUTES, "data.labelled": "50%"},
-        parity={"model.g_lr": 1e-4, "model.n_critic": 5},
+        parity={"model.lr_g": 1e-4, "model.n_critic": 5},
         batches=(2, 8),
     ),
     Member(
@@ -212,6 +213,7 @@ ALL = [
             "model.ft_epochs": 2,
             "model.zeroq_images": 4,
             "model.zeroq_steps": 2,
+            "model.zeroq_kd_epochs": 2,
             "trainer.log_every_n_steps": 1,
         },
         # Ranges and channel relations are those of the global batch; statistics of GDFQ's images are local by nature.
@@ -291,7 +293,14 @@ ALL = [
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]
-CASES = [
-    pytest.param(member, id=member.label, marks=[pytest.mark.slow] if member.slow else [])
-    for member in MEMBERS
-]
+
+
+def cases(members: list[Member]) -> list[ParameterSet]:
+    """Members as parameters of a test."""
+    return [
+        pytest.param(member, id=member.label, marks=[pytest.mark.slow] if member.slow else [])
+        for member in members
+    ]
+
+
+CASES = cases(MEMBERS)

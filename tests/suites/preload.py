@@ -1,6 +1,7 @@
 """What the fork server imports once for all runs."""
 
 import torch
+import wandb  # noqa: F401
 
 import train  # noqa: F401
 

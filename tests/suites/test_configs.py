@@ -4,14 +4,22 @@ from pathlib import Path
 
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps.utils import (
+    create_sweep_command,
+    create_sweep_command_args,
+    load_sweep_config,
+)
 
 from tests.suites.launch import run
 from tests.suites.members import ALL, ANALYSES, CASES, MEMBERS, Member
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
-    p.relative_to(ROOT) for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "trainer"
+    p.relative_to(ROOT)
+    for p in (ROOT / "configs").glob("*/*.yaml")
+    if p.parent.name not in ("trainer", "sweeps")
 )
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 OVERLAYS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs" / "trainer").glob("*.yaml"))
 
 
@@ -87,3 +95,35 @@ def test_overlay_merges_with_a_recipe(overlay: Path, tmp_path: Path) -> None:
     )
     for callback in yaml.safe_load(Path(ROOT / member.config).read_text())["trainer"]["callbacks"]:
         assert callback["class_path"] in text, "an overlay must not drop a recipe's callbacks"
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
+def test_a_wandb_sweep_makes_commands_that_parse(sweep: Path, tmp_path: Path) -> None:
+    """The command as wandb's agent fills it in, with the first value of every parameter."""
+    config = load_sweep_config(str(sweep))
+    assert config is not None
+    assert config["method"] in ("grid", "random", "bayes")
+    assert config["metric"]["goal"] in ("minimize", "maximize")
+    chosen = {}
+    for key, parameter in config["parameters"].items():
+        grid = parameter.keys() == {"values"}
+        assert grid or parameter.keys() == {"distribution", "min", "max"}
+        assert grid or config["method"] != "grid"
+        chosen[key] = parameter["values"][0] if grid else parameter["min"]
+    filled: dict[str, list[str]] = create_sweep_command_args(
+        {"args": {key: {"value": value} for key, value in chosen.items()}}
+    )
+    filled |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": [config["program"]]}
+    command = [
+        text
+        for part in create_sweep_command(config["command"])
+        for text in filled.get(part.removeprefix("${").removesuffix("}"), [part])
+    ]
+    assert command[:4] == ["/usr/bin/env", "python", "train.py", "fit"]
+    text = run([*command[3:], "--print_config"], tmp_path / "log.txt")
+    parsed = yaml.safe_load(text[text.index("seed_everything:") :])
+    assert parsed["trainer"]["logger"][1]["class_path"] == "callbacks.loggers.RunWandbLogger"
+    for key, value in chosen.items():
+        section, _, name = key.partition(".")
+        found = parsed[section]["init_args"][name] if name else parsed[section]
+        assert found == value

@@ -75,7 +75,7 @@ def test_discriminators_get_translations_from_before_the_generators_step() -> No
     class Seen(Watched):
         def update_generators(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                seen["before"] = self.generate(a, "AtoB")
+                seen["before"] = self.translate_raw(a, "AtoB")
             return super().update_generators(a, b)
 
         def _from_pool(self, side: str, fake: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_a_running_average_translates_outside_the_training() -> None:
         for parameter in average.parameters():
             parameter.add_(0.1)
     assert not torch.equal(module.translate(images), plain)
-    assert torch.equal((module.train().generate(images * 2 - 1, "AtoB") + 1) / 2, plain)
+    assert torch.equal((module.train().translate_raw(images * 2 - 1, "AtoB") + 1) / 2, plain)
 
 
 def test_evaluation_measures_against_the_truth() -> None:

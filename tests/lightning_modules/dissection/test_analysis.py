@@ -6,7 +6,6 @@ import torch
 from lightning_modules.dissection.analysis import (
     accuracy_when_firing,
     consistency,
-    firing_images,
     iou_accuracy_correlation,
     unit_type,
     word_similarity,
@@ -44,15 +43,6 @@ def test_correlation_leaves_silent_units_out() -> None:
     assert math.isnan(iou_accuracy_correlation(iou, torch.ones(4))[0])
     with pytest.raises(ValueError, match="of the same units"):
         iou_accuracy_correlation(iou, torch.ones(3))
-
-
-def test_firing_is_before_upsampling_and_strict() -> None:
-    activations = torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]]]])
-    assert firing_images(activations, torch.tensor([0.5, 0.0])).tolist() == [[True, False]]
-
-
-def test_vectors_have_one_position() -> None:
-    assert firing_images(torch.tensor([[1.0, 0.0]]), torch.zeros(2)).tolist() == [[True, False]]
 
 
 def test_consistency_is_the_mean_over_known_pairs() -> None:

@@ -44,7 +44,7 @@ def test_units_explain_the_logits(head: str, width: int) -> None:
 @torch.no_grad()
 def test_published_checkpoint() -> None:
     model = network()
-    again = BowmanEntailmentClassifier.from_published(
+    again = BowmanEntailmentClassifier.from_reference(
         {"state_dict": model.state_dict(), "stoi": {}}
     )
     arguments = (*batch(SENTENCES), *batch(SENTENCES))
@@ -61,7 +61,7 @@ def test_published_checkpoint() -> None:
 )
 def test_other_checkpoints(checkpoint: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        BowmanEntailmentClassifier.from_published(checkpoint)
+        BowmanEntailmentClassifier.from_reference(checkpoint)
 
 
 def test_unknown_head() -> None:

@@ -271,7 +271,7 @@ def test_classifiers_from_files(tmp_path: Path) -> None:
     assert lengths.tolist() == [2, 1, 1]
     expected = network.eval()(*module.encode([["dog"]]), *module.encode([["cat"]]))
     assert torch.equal(module([["dog"]], [["cat"]]), expected)
-    assert module.published()["stoi"] == stoi
+    assert module.reference_checkpoint()["stoi"] == stoi
 
     with pytest.raises(FileNotFoundError, match=r"--model\.classifier"):
         load_nli_classifier(tmp_path / "none.ckpt")

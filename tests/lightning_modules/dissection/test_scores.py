@@ -8,7 +8,6 @@ from lightning_modules.dissection.scores import (
     iou_from_counts,
     netdissect_counts,
     netdissect_scores,
-    unique_detectors,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -77,10 +76,6 @@ def test_first_label_and_last_category_of_equal_ones() -> None:
     assert best_category(table[0]) == "scene"
     assert table[1]["object"][0] == "c"
     assert best_category(table[1]) == "object"
-
-
-def test_detectors_are_counted_by_concept() -> None:
-    assert unique_detectors(["sky", "sky", "sea", "sun"], [0.05, 0.3, 0.04, 0.2]) == 2
 
 
 def test_large_counts_are_exact() -> None:

@@ -27,10 +27,10 @@ CLASSES = ["angry", "happy", "sad", "surprised"]
 SMALL: dict[str, Any] = {
     "label_kind": "single_label",
     "image_size": 8,
-    "g_conv_dim": 2,
-    "g_repeat_num": 0,
-    "d_conv_dim": 2,
-    "d_repeat_num": 2,
+    "ngf": 2,
+    "n_blocks": 0,
+    "ndf": 2,
+    "n_layers": 2,
     "n_critic": 3,
     "total_steps": 6,
     "decay_steps": 0,
@@ -115,7 +115,7 @@ def test_translations_are_matched_without_labels_too(source: str, tmp_path: Path
 
 @pytest.mark.parametrize(("idle", "steps"), [("zero", 6), ("skip", 3)])
 def test_adam_and_idle_heads(idle: str, steps: int, tmp_path: Path) -> None:
-    spy = fit(module(idle_heads=idle, d_lr=0.01), tmp_path)
+    spy = fit(module(idle_heads=idle, lr_d=0.01), tmp_path)
     assert spy.steps == {"class": steps, "match": steps}
     for name in ("class", "match"):
         first, second, third = (heads[name] for heads in spy.heads[:3])
@@ -211,7 +211,7 @@ def test_pairs_are_within_a_block() -> None:
     expected = group_match_loss(critic, *critic.features(x).split(ROWS))
     assert found.item() == pytest.approx(expected.item())
     found = matchgan.generator_terms(task)["g_match"]
-    translated = critic.features(matchgan.generate(x, target))[matchgan.regroup(2 * ROWS)]
+    translated = critic.features(matchgan.translate_raw(x, target))[matchgan.regroup(2 * ROWS)]
     expected = group_match_loss(critic, *translated.split(ROWS))
     assert found.item() == pytest.approx(expected.item())
 
@@ -314,7 +314,7 @@ def test_model_and_data_must_agree(options: dict[str, Any], message: str, tmp_pa
 
 
 def test_released_checkpoints(tmp_path: Path) -> None:
-    matchgan = module(g_repeat_num=2).eval()
+    matchgan = module(n_blocks=2).eval()
     g_path, d_path = tmp_path / "6-G.ckpt", tmp_path / "6-D.ckpt"
     torch.save(export_reference_state_dict(matchgan.generator, "matchgan"), g_path)
     torch.save(export_reference_state_dict(matchgan.discriminator), d_path)

@@ -140,7 +140,7 @@ def test_the_old_generator_is_that_of_its_epoch(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------ phase two
-@pytest.mark.parametrize("options", [{"train_limit": 17, "holdout": 0.05}, {}])
+@pytest.mark.parametrize("options", [{"train_limit": 17, "val_fraction": 0.05}, {}])
 def test_phase_two_has_its_iterations_whatever_the_data(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -284,7 +284,7 @@ def test_colour_is_turned_to_grey_or_kept() -> None:
         ({"old_epoch": 4}, "old_epoch=4 must be one of the 4 epochs"),
         ({"alpha": 1.5}, "alpha=1.5"),
         ({"acceptance": 1.0}, "acceptance"),
-        ({"decision_score": "best"}, "'best' is none of reconstruction"),
+        ({"decision_score": "best"}, "unknown decision_score='best'; choose one of reconstruction"),
     ],
 )
 def test_impossible_arguments(options: dict[str, Any], message: str) -> None:

@@ -330,7 +330,7 @@ def test_train_mode_generation_uses_batch_statistics_and_restores_them() -> None
 
 
 def test_interpolated_candidates() -> None:
-    z0, z1, theta = rand(5, 8), rand(5, 8, seed=1), torch.rand(5)
+    z0, z1, theta = rand(5, 8), rand(5, 8, seed=1), torch.linspace(0, 1, 5)
     found = interpolated_open_set_candidates(z0, z1, theta, decode, classify, 0.6)
     for i in range(5):
         z = float(theta[i]) * z0[i] + (1 - float(theta[i])) * z1[i]

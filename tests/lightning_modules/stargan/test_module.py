@@ -25,10 +25,10 @@ NAMES = ["Black_Hair", "Blond_Hair", "Male"]
 CLASSES = ["happy", "sad"]
 SMALL: dict[str, Any] = {
     "image_size": 8,
-    "g_conv_dim": 2,
-    "g_repeat_num": 1,
-    "d_conv_dim": 2,
-    "d_repeat_num": 2,
+    "ngf": 2,
+    "n_blocks": 1,
+    "ndf": 2,
+    "n_layers": 2,
     "n_critic": 3,
     "total_steps": 6,
     "decay_steps": 3,
@@ -100,7 +100,7 @@ def test_the_generator_moves_in_every_third_batch(tmp_path: Path) -> None:
 
 
 def test_rates_are_functions_of_the_batch(tmp_path: Path) -> None:
-    spy, _ = fit(module(g_lr=0.3, d_lr=0.1), tmp_path)
+    spy, _ = fit(module(lr_g=0.3, lr_d=0.1), tmp_path)
     expected = [[decayed_lr(i, lr, 6, 3, every=1) for lr in (0.1, 0.3)] for i in range(6)]
     assert spy.rates == [pytest.approx(pair) for pair in expected]
     assert spy.rates[2] == [0.1, 0.3]
@@ -130,8 +130,8 @@ def test_an_epoch_is_a_number_of_batches() -> None:
 
 
 def test_a_separate_penalty_is_a_second_step_on_the_moved_critic(tmp_path: Path) -> None:
-    joint, one = fit(module(d_lr=0.01), tmp_path / "joint")
-    apart, two = fit(module(d_lr=0.01, gp_update="separate"), tmp_path / "apart")
+    joint, one = fit(module(lr_d=0.01), tmp_path / "joint")
+    apart, two = fit(module(lr_d=0.01, gp_update="separate"), tmp_path / "apart")
     counts = [{int(s["step"]) for s in t.optimizers[0].state.values()} for t in (one, two)]
     # The penalty does not reach the class head.
     assert counts == [{6}, {6, 12}]
@@ -462,7 +462,7 @@ def saved(stargan: StarGAN, folder: Path, **options: Any) -> tuple[Path, Path]:
 
 
 def test_released_checkpoints(tmp_path: Path) -> None:
-    stargan = module(image_size=12, g_repeat_num=2).eval()
+    stargan = module(image_size=12, n_blocks=2).eval()
     loaded = load_reference_checkpoint(*saved(stargan, tmp_path), NAMES)
     assert not loaded.training
     x, labels = torch.rand(2, 3, 12, 12), torch.eye(3)[:2]
@@ -483,5 +483,5 @@ def test_files_that_are_no_released_checkpoints(tmp_path: Path) -> None:
         load_reference_checkpoint(d_path, g_path, NAMES)
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(b"nothing")
-    with pytest.raises(RuntimeError, match="cannot be read"):
+    with pytest.raises(RuntimeError, match="is not a readable checkpoint"):
         load_reference_checkpoint(broken, d_path, NAMES)

@@ -1,7 +1,7 @@
 """The run of ZAQ and its baselines: who learns from what, when, and what an evaluation leaves alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from callbacks.layer_weights import EMALayerWeights
 from datamodules.classification import ClassificationDataModule
 from lightning_modules.zaq import ZAQ
-from lightning_modules.zaq.attach import activation_quantizers
+from lightning_modules.zaq.attach import activation_quantizers, calibrate, named_ranges
+from lightning_modules.zaq.module import Baseline
 from tests.callbacks.boring import boring_trainer
 
 SMALL: dict[str, Any] = {
@@ -31,6 +32,7 @@ SMALL: dict[str, Any] = {
     "ft_epochs": 1,
     "zeroq_images": 4,
     "zeroq_steps": 2,
+    "zeroq_kd_epochs": 1,
     "lr_q": 0.01,
 }
 
@@ -93,7 +95,7 @@ def of(state: dict[str, Any], name: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[ZAQ, Spy, dict[str, Any]]:
-    zaq = module(widths=["W8A8", "W3A3"], baselines=["rq", "dfq", "aciq", "zeroq", "gdfq", "ft"])
+    zaq = module(widths=["W8A8", "W3A3"], baselines=list(get_args(Baseline)), gdfq_lr_q=0.01)
     folder = tmp_path_factory.mktemp("everything")
     spy = fit(zaq, folder, EMALayerWeights(momentum=0.5))
     trainer = boring_trainer(folder)
@@ -103,10 +105,11 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[ZAQ, Spy, dict
 
 def test_only_fine_tuning_on_real_data_gets_images(everything: Any) -> None:
     zaq, spy, _ = everything
-    assert [method for method, _ in spy.keys] == ["zaq"] * 12 + ["gdfq"] * 12 + ["ft"] * 6
+    stages = ["zaq"] * 12 + ["zeroq_kd"] * 6 + ["gdfq"] * 12 + ["ft"] * 6
+    assert [method for method, _ in spy.keys] == stages
     for method, keys in spy.keys:
         assert ("image" in keys) == ("label" in keys) == (method == "ft")
-    assert zaq.total_epochs == 10
+    assert zaq.total_epochs == 12
 
 
 def test_every_method_has_a_number_at_every_width(everything: Any) -> None:
@@ -130,6 +133,7 @@ def test_a_stage_trains_its_own_networks_only(everything: Any) -> None:
         moved.append({part for part in parts if part.split(".")[0] in ("students", "generators")})
     games = [{"students.zaq_W8A8", "generators.zaq_W8A8"}]
     games += 2 * [{"students.zaq_W3A3", "generators.zaq_W3A3"}]
+    games += [{"students.zeroq_kd_W8A8"}, {"students.zeroq_kd_W3A3"}]
     games += 2 * [{"students.gdfq_W8A8", "generators.gdfq_W8A8"}]
     games += 2 * [{"students.gdfq_W3A3", "generators.gdfq_W3A3"}]
     games += [{"students.ft_W8A8"}, {"students.ft_W3A3"}]
@@ -142,6 +146,31 @@ def test_steps_of_an_iteration(everything: Any) -> None:
     gdfq = [name for name in spy.steps if name.startswith("gdfq_W8A8")]
     # The warm-up trains the generator alone.
     assert gdfq == ["gdfq_W8A8_generator"] * 3 + ["gdfq_W8A8_generator", "gdfq_W8A8_student"] * 3
+
+
+def test_distillation_has_ranges_of_the_distilled_images_and_learns_from_the_float_network(
+    everything: Any,
+) -> None:
+    zaq, spy, _ = everything
+    student = zaq.students["zeroq_kd_W8A8"]
+    untrained = zaq.quantizer.attach(zaq.float_network, zaq.widths[0])
+    calibrate(untrained, [zaq.distilled_images()])
+    assert named_ranges(student) == named_ranges(untrained)
+    assert spy.steps.count("zeroq_kd_W8A8_student") == 3
+
+
+def test_bits_of_layers_are_no_more_than_those_of_the_width(everything: Any) -> None:
+    zaq, _, _ = everything
+    sizes = {
+        name: part.weight.numel()
+        for name, part in zaq.float_network.named_modules()
+        if isinstance(part, nn.Conv2d | nn.Linear)
+    }
+    assert zaq.allocated_bits.keys() == {"W8A8", "W3A3"}
+    bits = zaq.allocated_bits["W3A3"]
+    assert bits.keys() == sizes.keys()
+    assert sum(sizes[name] * bits[name] for name in sizes) <= 3 * sum(sizes.values())
+    assert len(set(bits.values())) > 1, "some layers have more, others less"
 
 
 def test_layer_weights_follow_the_distances(everything: Any) -> None:

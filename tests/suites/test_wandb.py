@@ -1,0 +1,245 @@
+"""What an offline run leaves for wandb, read with wandb's own messages."""
+
+import csv
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.suites.launch import run
+from tests.suites.members import ALL, MEMBERS, Member, cases
+from tests.suites.test_ddp import TWO
+from tests.suites.test_resume import PREEMPTED, SIGKILL
+from tests.wandb_file import WandbFile, scalars
+
+ROOT = Path(__file__).parents[2]
+AXIS = "trainer/global_step"
+# One with two optimizers and stages by hand, one with Lightning's automatic optimisation.
+PAIR = [member for member in MEMBERS if member.name in ("ognet", "supervised")]
+Row = tuple[int, dict[str, str]]
+
+
+def record(
+    member: Member,
+    root: Path,
+    *arguments: str,
+    overrides: dict[str, Any] | None = None,
+    log: str = "log.txt",
+    expect: int = 0,
+) -> str:
+    """A run ``root/runs/EXPERIMENT/run`` as someone sees it who never heard of wandb but for the overlay."""
+    home = root / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    command = ["fit" if member.trains else "test", *member.arguments(overrides or {})]
+    command += ["-c", "configs/trainer/wandb.yaml"]
+    command += ["--run.root", str(root / "runs"), "--run.name", "run", *arguments]
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.0)
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        outside: dict[str, str | None] = dict.fromkeys(
+            ("WANDB_MODE", "WANDB_SILENT", "WANDB_API_KEY", "NO_PROXY", "no_proxy")
+        )
+        outside |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "https_proxy"), address)
+        outside |= {"HOME": str(home), "NETRC": str(home / "none")}
+        text = run(command, root / log, expect, outside)
+        with pytest.raises(BlockingIOError):  # nobody connected
+            proxy.accept()
+    return text
+
+
+def parts(root: Path) -> list[WandbFile]:
+    """What each process recorded, in order."""
+    folders = sorted(
+        root.glob("runs/*/*/wandb/offline-run-*"), key=lambda folder: folder.stat().st_mtime
+    )
+    return [WandbFile(folder) for folder in folders]
+
+
+def metric_rows(files: list[WandbFile]) -> list[Row]:
+    """Step and metrics of all rows that have any, numbers as text."""
+    rows = [row for file in files for row in file.history]
+    found = [
+        (row[AXIS], {key: number(value) for key, value in scalars(row).items() if key != AXIS})
+        for row in rows
+    ]
+    return [(step, metrics) for step, metrics in found if metrics]
+
+
+def number(value: Any) -> str:
+    return repr(float(value))
+
+
+class Recorded:
+    def __init__(self, member: Member, root: Path) -> None:
+        self.member, self.root = member, root
+        self.printed = record(member, root)
+        (self.directory,) = root.glob("runs/*/*")
+        (self.file,) = parts(root)
+        self.results = json.loads((self.directory / "results.json").read_text())
+
+
+@pytest.fixture(scope="module", params=cases(ALL))
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    return Recorded(request.param, tmp_path_factory.mktemp("recorded"))
+
+
+def test_config_is_complete(recorded: Recorded) -> None:
+    config = dict(recorded.file.config)
+    for key in ("git_revision", "versions", "hardware"):
+        assert config.pop(key) == recorded.results[key]
+    assert config == yaml.safe_load((recorded.directory / "config.yaml").read_text())
+    assert config["seed_everything"] == recorded.results["seed"]
+
+
+def test_run_is_named_and_grouped(recorded: Recorded) -> None:
+    shown = recorded.file.run
+    experiment = recorded.directory.parent.name
+    assert shown.run_id == (recorded.directory / "wandb-id.txt").read_text().strip()
+    assert shown.project == "adversaria"
+    assert shown.display_name == f"{experiment}/{recorded.directory.name}"
+    assert shown.run_group == experiment
+    assert shown.job_type == ("fit" if recorded.member.trains else "test")
+    assert next(iter(shown.tags)) == recorded.member.name
+    assert recorded.file.finished
+
+
+def test_history_is_the_metrics_file_on_the_batch_axis(recorded: Recorded) -> None:
+    history = recorded.file.history
+    assert recorded.file.step_metrics == {AXIS: "", "*": AXIS}
+    assert [row["_step"] for row in history] == list(range(len(history)))
+    steps = [row[AXIS] for row in history]
+    assert steps == sorted(steps)
+    if recorded.member.trains:
+        checkpoint = recorded.directory / "checkpoints" / "last.ckpt"
+        assert steps[-1] == torch.load(checkpoint, weights_only=True)["global_step"]
+    with (recorded.directory / "metrics.csv").open(newline="") as file:
+        expected = [
+            (int(row.pop("step")), {k: number(v) for k, v in row.items() if v != ""})
+            for row in csv.DictReader(file)
+        ]
+    assert metric_rows([recorded.file]) == expected
+    assert expected
+
+
+def test_summary_has_the_results(recorded: Recorded) -> None:
+    summary = {key: recorded.file.summary[key] for key in recorded.results["metrics"]}
+    assert {k: number(v) for k, v in summary.items()} == {
+        k: number(v) for k, v in recorded.results["metrics"].items()
+    }
+    assert summary
+
+
+def test_every_picture_and_table_is_there(recorded: Recorded) -> None:
+    pictures = {caption: (key, file.read_bytes()) for key, caption, file in recorded.file.images()}
+    drawn = {path.name: path.read_bytes() for path in recorded.directory.rglob("*.png")}
+    drawn = {name: content for name, content in drawn.items() if name in _outside_wandb(recorded)}
+    assert {caption: content for caption, (_, content) in pictures.items()} == drawn
+    history = recorded.file.history
+    kinds = {(key, str(type(value))) for row in history for key, value in row.items()}
+    assert len(kinds) == len({key for key, _ in kinds}), "a panel shows one kind of thing"
+    for caption, (key, _) in pictures.items():
+        assert caption.startswith(key.removeprefix("images/").replace("/", "-"))
+
+    sent = [
+        [[_cell(value) for value in row] for row in (content["columns"], *content["data"])]
+        for _, content in recorded.file.tables()
+    ]
+    written = []
+    for path in recorded.directory.glob("tables/*.csv"):
+        with path.open(newline="") as file:
+            written.append([[_cell(value) for value in row] for row in csv.reader(file)])
+    assert sorted(sent) == sorted(written)
+
+
+def _outside_wandb(recorded: Recorded) -> set[str]:
+    paths = recorded.directory.rglob("*.png")
+    return {
+        path.name for path in paths if "wandb" not in path.relative_to(recorded.directory).parts
+    }
+
+
+def _cell(value: Any) -> str:
+    """None and an empty field are the same in a CSV file, and so are 1 and 1.0 in wandb."""
+    if value is None:
+        return ""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return "nan" if math.isnan(found) else repr(found)
+
+
+def test_nothing_else_is_left_or_printed(recorded: Recorded) -> None:
+    said = [line for line in recorded.printed.splitlines() if "wandb" in line]
+    folder = recorded.directory / "wandb"
+    assert said == [
+        f"wandb: run {recorded.file.run.run_id} is recorded offline; upload it with "
+        f"`wandb sync {folder}`"
+    ]
+    assert not list(ROOT.glob(f"wandb/*{recorded.file.run.run_id}*"))
+    found = [path for path in recorded.root.rglob("*wandb*") if folder not in path.parents]
+    beside = {path for path in found if recorded.root / "home" / ".cache" not in path.parents}
+    names = ("wandb", "wandb-id.txt")
+    assert beside == {recorded.directory / name for name in names}
+
+
+@pytest.mark.parametrize("member", PAIR, ids=lambda member: member.name)
+def test_interrupted_run_goes_on(member: Member, tmp_path: Path) -> None:
+    """Preempted, continued, killed in the last phase, continued: the parts together are the run that was left alone."""
+    record(member, tmp_path / "whole")
+    root, again = tmp_path / "parts", ["--run.resume", "true", "--checkpoint.every_n_batches", "3"]
+    probe = [*again, "--trainer.callbacks+", "tests.suites.probes.SignalAt"]
+    for name, batch, code in (
+        ("SIGTERM", member.batches[0] - 1, PREEMPTED),
+        ("SIGKILL", member.batches[1], SIGKILL),
+    ):
+        options = ["--trainer.callbacks.name", name, "--trainer.callbacks.batch", str(batch)]
+        record(member, root, *probe, *options, log=f"{name}.txt", expect=code)
+    record(member, root, *again)
+
+    files = parts(root)
+    assert len(files) == 3
+    assert len({(file.run.run_id, file.run.display_name) for file in files}) == 1
+    assert files[2].history[0][AXIS] >= files[1].history[-1][AXIS] > files[0].history[-1][AXIS]
+    steps = [row["_step"] for file in files for row in file.history]
+    assert steps == list(range(len(steps)))
+    assert metric_rows(files) == metric_rows(parts(tmp_path / "whole"))
+    captions = [caption for file in files for _, caption, _ in file.images()]
+    assert len(set(captions)) == len(captions)
+
+
+@pytest.mark.parametrize("member", PAIR, ids=lambda member: member.name)
+def test_only_rank_zero_of_two_has_a_run(member: Member, tmp_path: Path) -> None:
+    record(member, tmp_path, "--run.test", "false", overrides=TWO)
+    (file,) = parts(tmp_path)
+    (directory,) = tmp_path.glob("runs/*/*")
+    with (directory / "metrics.csv").open(newline="") as table:
+        assert len(metric_rows([file])) == len(list(csv.DictReader(table)))
+    rows = [(row[AXIS], *sorted(row)) for row in file.history]
+    assert len(set(rows)) == len(rows)
+    assert file.config["trainer"]["devices"] == 2
+
+
+def test_predictions_are_a_table(tmp_path: Path) -> None:
+    member = next(member for member in PAIR if member.name == "supervised")
+    record(member, tmp_path, "--run.test", "false")
+    (checkpoint,) = tmp_path.glob("runs/*/run/checkpoints/last.ckpt")
+    arguments = ["predict", "--ckpt_path", str(checkpoint), "-c", "configs/trainer/wandb.yaml"]
+    run([*arguments, "--run.root", str(tmp_path / "predicted")], tmp_path / "predict.txt")
+    (directory,) = tmp_path.glob("predicted/*/*")
+    (folder,) = directory.glob("wandb/offline-run-*")
+    file = WandbFile(folder)
+    assert file.run.job_type == "predict"
+    ((key, content),) = file.tables()
+    with (directory / "predictions.csv").open(newline="") as table:
+        header, *rows = list(csv.reader(table))
+    assert key == "tables/predictions"
+    assert content["columns"] == header
+    assert [[_cell(v) for v in row] for row in content["data"]] == [
+        [_cell(v) for v in row] for row in rows
+    ]
