@@ -25,30 +25,17 @@ class Histogram(NamedTuple):
     threshold: float | None
 
 
-def require(callback: Callback, module: LightningModule, *names: str) -> None:
-    """Checks that a module offers what a callback works with.
+def require(callback: Callback, offering: Any, *names: str) -> None:
+    """Checks that a module or a DataModule offers what a callback works with.
 
     Raises:
         MisconfigurationException: if it does not.
     """
-    missing = [name for name in names if not hasattr(module, name)]
+    missing = [name for name in names if not hasattr(offering, name)]
     if missing:
+        kind = "module" if isinstance(offering, LightningModule) else "DataModule"
         raise MisconfigurationException(
-            f"{type(callback).__name__} needs a module with {', '.join(names)}, {type(module).__name__} has no "
-            f"{', '.join(missing)}; remove the callback"
-        )
-
-
-def require_data(callback: Callback, data: Any, *names: str) -> None:
-    """Checks that a DataModule offers what a callback works with.
-
-    Raises:
-        MisconfigurationException: if it does not.
-    """
-    missing = [name for name in names if not hasattr(data, name)]
-    if missing:
-        raise MisconfigurationException(
-            f"{type(callback).__name__} needs a DataModule with {', '.join(names)}, {type(data).__name__} has no "
+            f"{type(callback).__name__} needs a {kind} with {', '.join(names)}, {type(offering).__name__} has no "
             f"{', '.join(missing)}; remove the callback"
         )
 

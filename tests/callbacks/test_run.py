@@ -12,7 +12,13 @@ from tests.callbacks.boring import BoringGAN, boring_trainer, loader
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for key in ("SLURM_JOB_ID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+    for key in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_NTASKS",
+        "TORCHELASTIC_RUN_ID",
+        "WORLD_SIZE",
+    ):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     monkeypatch.delenv("ADVERSARIA_RUN_DIRECTORY", raising=False)
@@ -57,6 +63,15 @@ def test_a_scheduled_job_is_named_after_its_id(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711"
+
+
+def test_the_tasks_of_an_array_are_named_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM gives each of them a job id of its own."""
+    for key, value in {"JOB_ID": "4713", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711_2"
 
 
 def test_a_run_of_a_wandb_agent_has_a_name_of_its_own(

@@ -120,7 +120,7 @@ def test_localization_argument(extra: list[str], expected: list[str], tmp_path: 
         (["--model.widths", '["W4A9"]'], ["W4A9", "from 2 to 8"]),
         (["--model.overrides", '{"0.1.conv": 8}'], ["0.1.conv", "it has: 0.0"]),
         (["--model.taps", "[layer1]"], ["layer1", "no tap"]),
-        (["--model.norm", "group"], ["dfq, aciq, zeroq, gdfq", "batch norms"]),
+        (["--model.norm", "group"], ["dfq, aciq, zeroq, mixed, zeroq_kd, gdfq", "batch norms"]),
         (["--model.network", "googlenet", "--model.in_channels", "3"], ["--model.taps"]),
         (["--model.teacher", "no.ckpt"], ["no.ckpt", "--model.teacher"]),
         (["--model.num_classes", "12"], ["num_classes=12", "10 classes"]),
