@@ -1,6 +1,9 @@
 """What a user gets wrong: one clear message, a non-zero exit, and no traceback in its way."""
 
+import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -378,6 +381,32 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert str(path) in message(["test", "--ckpt_path", str(path)], tmp_path)
     path.write_bytes(b"nothing")
     assert "not a readable checkpoint" in message(["test", "--ckpt_path", str(path)], tmp_path)
+
+
+def test_a_malicious_checkpoint_features_or_name(tmp_path: Path) -> None:
+    """Refused with what it is, and not run; neither can a name write elsewhere."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'victim'}",)
+
+    evil = tmp_path / "evil.pt"
+    torch.save({"state_dict": Evil()}, evil)
+    (tmp_path / "evil.npy").write_bytes(pickle.dumps(Evil()))
+    (zaq,) = (member for member in MEMBERS if member.name == "zaq")
+    features = ["test", "-c", "configs/prdc/features.yaml", "--data.fake", str(evil), "--data.real"]
+    for arguments in (
+        ["test", "--ckpt_path", str(evil)],
+        ["fit", *zaq.arguments(), "--model.teacher", str(evil)],
+        [*features, str(evil)],
+        [*features, str(tmp_path / "evil.npy")],
+    ):
+        line = message(arguments, tmp_path)
+        assert f"{tmp_path}/evil." in line
+        assert "would have Python run posix.system; refused" in line, line
+    assert not (tmp_path / "victim").exists()
+    line = message(osrci("--run.name", "../../x"), tmp_path)
+    assert "--run.name '../../x' must be one plain name" in line
 
 
 def test_continuing_under_other_hyper_parameters_names_both_values(tmp_path: Path) -> None:
