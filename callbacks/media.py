@@ -16,6 +16,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+from lightning_modules.files import file_name
+
 GAP = 2
 FONT_SIZE = 14
 SMALLEST_CELL = 48
@@ -98,11 +100,8 @@ def log_table(
             )
     if not trainer.is_global_zero:
         return None
-    path = (
-        run_directory(trainer)
-        / "tables"
-        / f"{'-'.join([*key.split('/'), *([part] if part else [])])}.csv"
-    )
+    name = file_name("-".join([*key.split("/"), *([part] if part else [])]))
+    path = run_directory(trainer) / "tables" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *rows])
@@ -221,7 +220,7 @@ def _width(font: Any, text: str) -> float:
 
 
 def _image_path(trainer: Trainer, key: str) -> Path:
-    name = f"{key.replace('/', '-')}-{trainer.current_epoch}.png"
+    name = file_name(f"{key.replace('/', '-')}-{trainer.current_epoch}") + ".png"
     path = run_directory(trainer) / "images" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

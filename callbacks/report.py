@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from callbacks.media import log_table, run_directory, save_figure
+from lightning_modules.files import file_name
 
 
 class Histogram(NamedTuple):
@@ -83,7 +84,7 @@ def write_table(
     for name, *values in rows:
         lines.append(line(name, ["-" if value is None else f"{value:.1f}" for value in values]))
     text = "\n".join([*lines, *notes])
-    path = run_directory(trainer) / f"{key}_table.txt"
+    path = run_directory(trainer) / f"{file_name(key)}_table.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
     log_table(trainer, f"{key}/table", columns, rows)

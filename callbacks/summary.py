@@ -15,29 +15,39 @@ import matplotlib.pyplot as plt
 REPEATED = ("seed_everything", "data.split")
 """Keys whose values repeat a measurement; the others change what is measured."""
 
-# Metrics that are shares in [0, 1] and read as percentages. The others are shown as they are; several are percentages
-# already.
+# Metrics that are shares in [0, 1], and those that are percentages already. The rest is shown as it is.
 _SHARES = re.compile(
     r"auroc|aupr_\w+|fpr95|openauc|macro_f1|auc|eer|f1_\w+|false_alarm_rate|detection_rate|(\w+_)?accuracy|W\d+A\d+"
     r"|map|ap_\w+|miou|certified|beam_suboptimal|(\w+_)?edit_success"
+)
+_PERCENTAGES = re.compile(
+    r"(max_)?box_acc(_v2)?(@\d+)?|pxap|gt_known_error|top\d_(cls|loc)_error|object_miou|taken_for_target"
+    r"|target(_\w+)?|kept|gan_test|gan_train"
 )
 PANELS = 4
 SERIES = 8
 
 
-def is_share(key: str) -> bool:
-    """Whether the metric of a key ``stage/score/metric`` is one of those that are shown as percentages."""
-    return _SHARES.fullmatch(key.rpartition("/")[2]) is not None
+def scale_of(key: str) -> tuple[float, str]:
+    """By what the metric of a key ``stage/score/metric`` is multiplied to be shown, and its unit: ``%`` or nothing."""
+    metric = key.rpartition("/")[2]
+    if _SHARES.fullmatch(metric):
+        return 100.0, "%"
+    return 1.0, "%" if _PERCENTAGES.fullmatch(metric) else ""
 
 
-def formatted(key: str, mean: float, std: float | None = None) -> str:
-    """``96.0 ± 2.2`` (percent) for a share, ``0.2341 ± 0.0061`` for another number; no ± where there is no spread."""
-    if is_share(key):
-        return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-    if std is None:
+def formatted(key: str, mean: float, std: float | None = None, decimals: int | None = None) -> str:
+    """``96.0 ± 2.2`` for a percentage, ``0.2341 ± 0.0061`` for another number; no ± where there is no spread."""
+    scale, unit = scale_of(key)
+    if decimals is None and unit:
+        decimals = 1
+    if decimals is None and std is None:
         return f"{mean:.4g}"
-    decimals = min(max(0, 1 - math.floor(math.log10(std))), 6) if std > 0 else 4
-    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+    if decimals is None:
+        assert std is not None
+        decimals = min(max(0, 1 - math.floor(math.log10(std))), 6) if std > 0 else 4
+    text = f"{scale * mean:.{decimals}f}"
+    return text if std is None else f"{text} ± {scale * std:.{decimals}f}"
 
 
 def summarize(
@@ -162,7 +172,7 @@ def _table(metrics: dict[str, dict[str, Any]], runs: int) -> list[str]:
         value = metrics[key]
         text = formatted(key, value["mean"], value["std"])
         text += f" (n={value['n']})" if value["n"] < runs else ""
-        rows.setdefault(row, {})[f"{metric} %" if is_share(key) else metric] = text
+        rows.setdefault(row, {})[f"{metric} {scale_of(key)[1]}".rstrip()] = text
     # Scores without a common metric go into tables of their own.
     tables: list[dict[str, dict[str, str]]] = []
     for row, cells in rows.items():
@@ -261,7 +271,7 @@ def plot(summary: dict[str, Any], path: Path, wanted: Sequence[str] = ()) -> Non
         for number, key in enumerate(keys):
             # Categories leave room beside each other, numbers do not.
             shift = 0.0 if numbers else 0.5 * ((number + 0.5) / len(keys) - 0.5)
-            scale = 100 if is_share(key) else 1
+            scale, unit = scale_of(key)
             row = split_key(key)[0]
             colour = colours.setdefault(row, f"C{len(colours)}")
             runs = [
@@ -309,7 +319,7 @@ def plot(summary: dict[str, Any], path: Path, wanted: Sequence[str] = ()) -> Non
             axis.set_xticks(range(len(ticks)), ticks, **slanted)
             if with_mean:
                 axis.axvline(len(order) - 0.5, color="grey", lw=0.5)
-        axis.set(title=f"{metric}, %" if is_share(keys[0]) else metric, xlabel=", ".join(swept))
+        axis.set(title=f"{metric}, {unit}" if unit else metric, xlabel=", ".join(swept))
         axis.grid(axis="y", lw=0.3)
     drawn: dict[str, Any] = {}
     for axis in axes[0]:

@@ -32,7 +32,7 @@ def collect(runs: Path) -> list[Path]:
         ]
         found = sorted(tested[0].glob(row.picture), key=_epoch) if tested else []
         if found:
-            written.append(framed(found[-1], picture_of(row)))
+            written.append(framed(found[-1], picture_of(row), row.crop))
     return written
 
 
@@ -41,10 +41,15 @@ def picture_of(row: Row) -> Path:
     return PICTURES / f"{row.folders[0]}.png"
 
 
-def framed(source: Path, target: Path) -> Path:
+def framed(source: Path, target: Path, crop: int | None = None) -> Path:
     """Writes a picture of the common width on white, with no more than 256 colours.
 
     Small ones are enlarged, by whole numbers without smoothing where that fits.
+
+    Args:
+        source: a picture of a run.
+        target: what is written.
+        crop: pixels of the source that are kept from its top, None for all.
 
     Returns:
         ``target``.
@@ -53,7 +58,7 @@ def framed(source: Path, target: Path) -> Path:
         ValueError: the file is too large.
     """
     with Image.open(source) as opened:
-        picture = opened.convert("RGB")
+        picture = opened.convert("RGB").crop((0, 0, opened.width, crop or opened.height))
     factor = min(WIDTH / picture.width, HEIGHT / picture.height)
     whole = factor >= 2
     factor = int(factor) if whole else factor

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from callbacks.summary import formatted, summarize
+from callbacks.summary import formatted, scale_of, summarize
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -22,6 +22,7 @@ PAPERS = ROOT / "docs" / "papers.yaml"
 DIGITS = 6
 _COMPARED = ("model", "data", "seed_everything")
 _PLACE = re.compile(r"{(?:(?P<experiment>[\w-]+):)?(?P<key>[^{}|]+)(?:\|(?P<form>\w+))?}")
+_FORM = re.compile(r"(?P<what>mean|range|se|)(?P<decimals>\d?)")
 
 
 # ------------------------------------------------------------------ from run directories
@@ -200,7 +201,7 @@ def load(experiment: str) -> dict[str, Any]:
     path = RESULTS / f"{experiment}.json"
     if not path.exists():
         raise ValueError(
-            f"no {path.relative_to(ROOT)}; collect it with docs/generate.py --runs RUNS"
+            f"no docs/results/{path.name}; collect it with docs/generate.py --runs RUNS"
         )
     return json.loads(path.read_text())
 
@@ -211,35 +212,40 @@ def _metric(record: dict[str, Any], key: str) -> dict[str, Any]:
     return record["metrics"][key]
 
 
-def value_text(record: dict[str, Any], key: str, form: str | None = None) -> str:
+def value_text(record: dict[str, Any], key: str, form: str = "") -> str:
     """A metric in words.
 
     Args:
         record: of :func:`load`.
         key: of the metric.
-        form: None for mean ± std over the runs, ``mean``, ``range`` for smallest to largest, ``se`` for the value ± the
-            standard error that the run itself recorded (``KEY_se``).
+        form: empty for mean ± std over the runs, ``mean``, ``range`` for smallest to largest, ``se`` for the value ±
+            the standard error that the run itself recorded (``KEY_se``); then the number of decimals, if one is
+            wanted.
 
     Raises:
         ValueError: an unknown metric or form.
     """
+    match = _FORM.fullmatch(form)
+    if match is None:
+        raise ValueError(
+            f"unknown form {form!r}; known are mean, range, se, and a digit for the decimals"
+        )
+    decimals = int(match["decimals"]) if match["decimals"] else None
     found = _metric(record, key)
-    if form is None:
-        return formatted(key, found["mean"], found["std"])
-    if form == "mean":
-        return formatted(key, found["mean"])
-    if form == "se":
-        return formatted(key, found["mean"], _metric(record, f"{key}_se")["mean"])
-    if form == "range":
-        ends = [formatted(key, end(found["values"])) for end in (min, max)]
+    if match["what"] == "range":
+        ends = [formatted(key, end(found["values"]), None, decimals) for end in (min, max)]
         return ends[0] if ends[0] == ends[1] else " to ".join(ends)
-    raise ValueError(f"unknown form {form!r}; known are mean, range, se")
+    spread = {"": found["std"], "mean": None}
+    if match["what"] == "se":
+        spread["se"] = _metric(record, f"{key}_se")["mean"]
+    return formatted(key, found["mean"], spread[match["what"]], decimals)
 
 
 def filled_in(template: str, experiment: str) -> str:
     """A sentence with its numbers: ``{KEY}``, ``{KEY|FORM}`` or ``{EXPERIMENT:KEY}``, see :func:`value_text`."""
     return _PLACE.sub(
-        lambda m: value_text(load(m["experiment"] or experiment), m["key"], m["form"]), template
+        lambda m: value_text(load(m["experiment"] or experiment), m["key"], m["form"] or ""),
+        template,
     )
 
 
@@ -248,9 +254,8 @@ def circumstances(record: dict[str, Any]) -> str:
     swept = list(record["values"][0])
     parts = []
     for key in swept:
-        name = {"seed_everything": "seed"}.get(key, key.rpartition(".")[2])
-        chosen = dict.fromkeys(re.sub(r"[\[\]\"]", "", v[key]) for v in record["values"])
-        parts.append(f"{name} {', '.join(chosen)}")
+        chosen = dict.fromkeys(_plain(v[key]) for v in record["values"])
+        parts.append(f"{_short(key)} {', '.join(chosen)}")
     if "seed_everything" not in swept:
         parts.append(f"seed {record['seeds'][0]}")
     hardware = record["hardware"]
@@ -293,7 +298,7 @@ def result(experiment: str, columns: str, rows: str) -> str:
     """
     record = load(experiment)
     names = _titled(columns)
-    lines = [["", *(_heading(f"test/{metric}", title) for metric, title in names.items())]]
+    lines = [["", *(_heading(metric, title) for metric, title in names.items())]]
     for row, title in _titled(rows).items():
         lines.append([title, *(value_text(record, f"test/{row}/{metric}") for metric in names)])
     return _markdown(lines)
@@ -304,42 +309,44 @@ def runs(experiment: str, metric: str, rows: str) -> str:
 
     Args:
         experiment: its name.
-        metric: of ``test/SCORE/METRIC``.
+        metric: ``METRIC[:TITLE]``.
         rows: as for :func:`result`.
 
     Returns:
         A Markdown table.
     """
     record = load(experiment)
+    ((name, title),) = _titled(metric).items()
     swept = list(record["values"][0])
-    names = {"seed_everything": "seed"}
-    head = ", ".join(names.get(key, key.rpartition(".")[2]) for key in swept)
-    columns = [
-        re.sub(r"[\[\]\"]", "", ", ".join(values[key] for key in swept))
-        for values in record["values"]
-    ]
-    lines = [
-        [
-            _heading(f"test/{metric}", f"{metric} by {head}" if head else metric),
-            *columns,
-            "mean ± std",
-        ]
-    ]
+    columns = [_plain(", ".join(values.values())) for values in record["values"]]
+    by = ", ".join(_short(key) for key in swept)
+    lines = [[_heading(name, f"{title} by {by}" if by else title), *columns, "mean ± std"]]
     for row, title in _titled(rows).items():
-        key = f"test/{row}/{metric}"
+        key = f"test/{row}/{name}"
         found = _metric(record, key)
         each = ["" if value is None else formatted(key, value) for value in found["values"]]
         lines.append([title, *each, value_text(record, key)])
     return _markdown(lines)
 
 
+def _short(key: str) -> str:
+    """``data.split`` -> ``split``."""
+    return "seed" if key == "seed_everything" else key.rpartition(".")[2]
+
+
+def _plain(value: str) -> str:
+    """Without the brackets and quotes of a list."""
+    return re.sub(r"[\[\]\"]", "", value)
+
+
 def _titled(words: str) -> dict[str, str]:
     pairs = [word.partition(":") for word in words.split(",")]
-    return {name: (title or name).replace("_", " ") if title else name for name, _, title in pairs}
+    return {name: title.replace("_", " ") or name for name, _, title in pairs}
 
 
-def _heading(key: str, title: str) -> str:
-    return title if formatted(key, 0.5) == "0.5" else f"{title}, %"
+def _heading(metric: str, title: str) -> str:
+    unit = scale_of(f"test/{metric}")[1]
+    return f"{title}, {unit}" if unit else title
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -362,6 +369,7 @@ class Row:
         page: in ``docs/``.
         picture: of the gallery, a pattern in the directory of a run of the first recipe.
         caption: of the picture, one line.
+        crop: pixels of the picture that are kept from its top, None for all.
     """
 
     folders: list[str]
@@ -373,6 +381,7 @@ class Row:
     page: str
     picture: str
     caption: str
+    crop: int | None = None
 
     @property
     def experiment(self) -> str:
