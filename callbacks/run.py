@@ -107,7 +107,9 @@ def _job_name() -> str | None:
     """What an agent or a scheduler calls this run, the same in all of its processes and when it starts it again."""
     found = os.environ
     if found.get("WANDB_SWEEP_ID") and found.get("WANDB_RUN_ID"):
-        return f"wandb-{found['WANDB_RUN_ID']}"  # one of several runs of the job in which the agent is
+        return (
+            f"wandb-{found['WANDB_RUN_ID']}"  # one of several runs of the job in which the agent is
+        )
     if "SLURM_ARRAY_JOB_ID" in found:
         return f"job-{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
     job = next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
