@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # Tests of one group share what they prepare; see tests/conftest.py.
 PARALLEL := --numprocesses auto --dist loadgroup
 
-.PHONY: demo test slow lint format bench venv clean
+.PHONY: demo test slow faults lint format bench docs venv clean
 
 demo: venv  ## open-set recognition on handwritten digits: about two minutes, prints a table, draws pictures
 	$(RUN) train.py fit -c configs/osrci/digits.yaml
@@ -16,6 +16,9 @@ test: venv  ## the whole test suite except what takes minutes
 
 slow: venv  ## the tests that take minutes
 	$(RUN) -m pytest -m slow
+
+faults: venv  ## breaks every training in the ways a cluster does and prints what was lost; an hour on two cores
+	$(RUN) -m tests.suites.campaign
 
 lint: venv  ## style and types
 	$(RUN) -m ruff check .
@@ -29,6 +32,10 @@ format: venv
 bench: venv  ## ratios against plain PyTorch loops, measured in the same run
 	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
 
+docs: venv  ## the pages as a site in site/, which opens from the disk; a broken link is an error
+	$(RUN) docs/generate.py --check
+	$(RUN) -m zensical build --clean --strict
+
 venv: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -39,4 +46,4 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site .cache *.egg-info

@@ -23,6 +23,7 @@ from callbacks.checkpoint import (
     AtomicCheckpointIO,
     Preempted,
     ResumableCheckpoint,
+    newest_readable,
     refuse_other_hyperparameters,
     signals_stop_at_once,
 )
@@ -93,9 +94,9 @@ class AdversariaCLI(LightningCLI):
         for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else []:
             if "save_dir" in logger.init_args:
                 logger.init_args.save_dir = str(self.directory)
-        last = ResumableCheckpoint.path_in(self.directory)
-        if self.subcommand == "fit" and config.run.resume and last.exists():
-            config.ckpt_path = str(last)
+        if self.subcommand == "fit" and config.run.resume:
+            found = newest_readable(self.directory)
+            config.ckpt_path = str(found) if found else config.ckpt_path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of this run, with the callbacks that every run has."""

@@ -15,7 +15,7 @@ from callbacks.judging import (
     distances,
 )
 from callbacks.media import labelled_grid, log_images
-from callbacks.report import due, evenly, require, require_data, write_table
+from callbacks.report import due, evenly, require, write_table
 from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.attributes import LabelKind, exclusive_indices, observed_label_space
 from lightning_modules.matchgan.classifier import AttributeClassifier
@@ -191,7 +191,7 @@ class AttributeReport(JudgedTranslations):
         require(self, pl_module, "translate")
         for member in _members(trainer):
             needed = (*SETS, "attribute_names", "attribute_kind", "exclusive_groups")
-            require_data(self, member.data, *needed)
+            require(self, member.data, *needed)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draws the grid every ``every_n_epochs`` epochs of a training."""

@@ -27,8 +27,9 @@ class ClusterMetrics(Callback):
     Processes that train together take equally long for a batch, since all of them wait for the slowest one. To
     find it, the ranks are lined up at the beginning of every measured batch, after its data arrived and before each
     backward pass, and the time spent waiting there is not counted. Two delays cannot be told apart from waiting: one
-    *inside* a backward pass, and one of rank 0 between two batches, such as writing a checkpoint. Only the measured
-    batch, one of ``every_n_batches``, pays for this; only then does the host wait for the accelerator, too.
+    *inside* a backward pass, and one between two batches, such as rank 0 writing a checkpoint or a module's own
+    ``on_train_batch_end``. Only the measured batch, one of ``every_n_batches``, pays for this; only then does the host
+    wait for the accelerator, too.
 
     Logged to every logger with the batch count as step, after one gather of a few numbers:
 
@@ -37,7 +38,7 @@ class ClusterMetrics(Callback):
     - ``cluster/step_time_min``, ``_median``, ``_max``: seconds of own work of a rank in the measured batch, data
       loading included, waiting for others left out.
     - ``cluster/straggler_rank``, ``cluster/straggler_ratio``: the slowest rank, and its time over the median.
-    - ``cluster/data_time``: seconds the slowest rank waited for its batch.
+    - ``cluster/data_time``: seconds that the rank with the slowest loader waited for its batch.
     - ``cluster/memory_gib``: peak memory of the fullest rank, allocated on the device with CUDA, resident else.
     - ``cluster/grad_norm/OPTIMIZER``: norm of the gradients, unscaled and before any clipping; the largest where an
       optimizer steps several times in the batch.

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from callbacks.checkpoint import find_checkpoint_callback
 from callbacks.media import labelled_grid, log_images, log_table, run_directory
+from lightning_modules.files import read_cached, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
 
 Pools = dict[str, dict[str, torch.Tensor]]
@@ -108,15 +109,12 @@ class CounterfactualSynthesis(Callback):
         self, module: Any, bank: Any, chunk: range, directory: Path, fingerprint: str
     ) -> Pools:
         path = directory / f"{chunk.start:07d}-{chunk.stop:07d}.pt"
-        if path.exists():
-            stored = torch.load(path, weights_only=True)
-            if stored["fingerprint"] == fingerprint:
-                return stored["pools"]
+        stored = read_cached(path)
+        if stored is not None and stored["fingerprint"] == fingerprint:
+            return stored["pools"]
         pools = module.synthesize(bank, chunk)
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save({"fingerprint": fingerprint, "pools": pools}, partial)
-        partial.replace(path)
+        with whole_file(path) as file:
+            torch.save({"fingerprint": fingerprint, "pools": pools}, file)
         return pools
 
     def _record(self, trainer: Trainer, request: range, pools: Pools) -> None:

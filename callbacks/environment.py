@@ -15,10 +15,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import distributed
 
-from callbacks.checkpoint import ResumableCheckpoint
+from callbacks.checkpoint import Preempted, ResumableCheckpoint
 from callbacks.lifeline import EXIT_ERROR, Lifeline, disarm_launcher, is_collective_error
 from callbacks.run import readable_message, versions
 from lightning_modules.randomness import global_seed
@@ -28,6 +29,15 @@ ROOT = Path(__file__).parents[1]
 ANSWER_WITHIN = 60.0
 # A network file system may show a new file late.
 SHARED_WITHIN = 15.0
+# Errors whose messages speak for themselves.
+_EXPECTED = (
+    Preempted,
+    ArithmeticError,
+    ValueError,
+    OSError,
+    RuntimeError,
+    MisconfigurationException,
+)
 # Step ids of SLURM that are not those of srun: of the batch script, and of an interactive shell.
 _NO_STEP = {"", "4294967291", "4294967290", "batch", "interactive"}
 
@@ -199,31 +209,18 @@ def _differences(facts: list[dict[str, Any]]) -> list[str]:
         ("seed", "give --seed_everything NUMBER"),
         ("configuration", "give every process the same arguments and files"),
     ):
-        others = [i for i, fact in enumerate(facts) if fact[name] != facts[0][name]]
-        if not others or (
-            name == "configuration" and problems
-        ):  # the seed is part of the configuration
+        others = [rank for rank, fact in enumerate(facts) if fact[name] != facts[0][name]]
+        if not others:
             continue
-        first, other = facts[0], facts[others[0]]
-        if name == "packages":
-            a, b = first[name], other[name]
-            what = [
-                f"{key} {a.get(key)} and {b.get(key)}"
-                for key in {**a, **b}
-                if a.get(key) != b.get(key)
-            ]
-        elif name == "configuration":
-            a, b = _flat(yaml.safe_load(first["text"])), _flat(yaml.safe_load(other["text"]))
-            what = [
-                f"{key} {a.get(key)} and {b.get(key)}"
-                for key in {**a, **b}
-                if a.get(key) != b.get(key)
-            ]
-        else:
-            what = [f"{first[name]} and {other[name]}"]
-        problems.append(
-            f"{_names(facts, others)} has another {name} than rank 0 ({', '.join(what)}): {mend}"
-        )
+        # The configuration is compared by a hash and named key by key.
+        key = "text" if name == "configuration" else name
+        a, b = (_flat(yaml.safe_load(str(facts[rank][key]))) for rank in (0, others[0]))
+        different = [k for k in {**a, **b} if a.get(k) != b.get(k) and k != "seed_everything"]
+        if different:  # the seed is part of the configuration, but named apart
+            what = ", ".join(f"{k} {a.get(k)} and {b.get(k)}".strip() for k in different)
+            problems.append(
+                f"the {name} of {_names(facts, others)} differs from rank 0's ({what}): {mend}"
+            )
     return problems
 
 

@@ -224,7 +224,8 @@ class Lifeline:
                     self._first_news = self._first_news or time.monotonic()
                 elif said.get("leaving"):
                     self._forget(peer)
-                    self._peers.pop(rank)
+                    if peer.last_words is None:
+                        self._peers.pop(rank)
             self._news.notify_all()
 
     def _forget(self, peer: _Peer) -> None:

@@ -16,6 +16,7 @@ from torchvision.utils import draw_bounding_boxes, save_image
 from callbacks.media import labelled_grid, log_images, log_table, run_directory, save_figure
 from callbacks.report import evenly, require, write_table
 from lightning_modules.arguments import demand_at_least
+from lightning_modules.files import file_name
 from lightning_modules.nn.maps import normalize_map, upsample_map
 from lightning_modules.nn.statistics import gather_over_ranks
 
@@ -239,7 +240,8 @@ class LocalizationOverlays(Callback):
                 box = box * factor
             drawn = overlay(image[None], maps[place : place + 1], box.round().long()[None])
             name = Path(paths[row]).stem
-            save_image(drawn[0], folder / f"{indices[row]:06d}{'-' if name else ''}{name}.png")
+            name = file_name(f"{indices[row]:06d}{'-' if name else ''}{name}")
+            save_image(drawn[0], folder / f"{name}.png")
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the boxes and writes them."""

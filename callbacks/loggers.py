@@ -1,6 +1,7 @@
 """Loggers that write into the run directory and go on where an interrupted run stopped."""
 
 import csv
+import errno
 import os
 import secrets
 from argparse import Namespace
@@ -14,10 +15,15 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 from torch import Tensor
 
 from callbacks.wandb_records import history
+from lightning_modules.files import free_space, whole_file
 
 AXIS = "trainer/global_step"  # Lightning's name for the number of the batch
 
@@ -27,10 +33,11 @@ class ResumableCSVLogger(CSVLogger):
 
     Lightning's own logger deletes the file of the run that is resumed. This one keeps it: the first row logged
     by the resumed ``fit`` is looked up among the old rows (same step, same columns), and what was written from there
-    on, after the checkpoint the run resumed from, is dropped to be written again. ``test`` and ``validate`` only
-    append.
+    on, after the checkpoint the run resumed from, is dropped to be written again; so is the row of a test that a
+    resumed run repeats after it. ``test`` and ``validate`` on their own only append.
 
     Every row has a ``step``, the number of the batch, and holds what was logged together. A new metric adds a column.
+    Rows that cannot be written, as on a full disk, wait until they can.
 
     Args:
         save_dir: the run directory.
@@ -63,8 +70,11 @@ class ResumableCSVLogger(CSVLogger):
         self, metrics: dict[str, Tensor | float], step: int | None = None
     ) -> None:
         """Adds a row."""
-        fitting = self._trainer is None or self._trainer.state.fn == "fit"
-        self.experiment.log_metrics(metrics, step, replaying=fitting)
+        trainer = self._trainer
+        replaying = trainer is None or trainer.state.fn == "fit"
+        if trainer is not None:  # the test of a run that was resumed after its training
+            replaying |= trainer.fit_loop.epoch_progress.current.ready > 0
+        self.experiment.log_metrics(metrics, step, replaying)
         self.save()
 
 
@@ -86,6 +96,7 @@ class MetricsFile:
         self.columns: list[str] = []
         self.metrics: list[dict[str, Any]] = []
         self._old_rows: list[dict[str, str]] = []
+        self._warned = False
         self._joined = not self.path.exists()
         if self._joined:
             return
@@ -131,32 +142,54 @@ class MetricsFile:
             )
             end = next(same, len(rows))
             rows = [row for row in rows[:end] if int(row["step"]) <= first["step"]]
-        self._rewrite(rows)
+        self._rewrite(rows, self.columns)
         self._joined = True
 
     def save(self) -> None:
-        """Writes the new rows."""
+        """Writes the new rows, or keeps them for the next time if the disk is full."""
         if not self.metrics:
             return
+        try:
+            self._append()
+        except OSError as error:
+            if not self._warned:
+                rank_zero_warn(
+                    f"{self.path} cannot be written ({error.strerror or error}), {free_space(self.path)}; rows "
+                    "are kept until they can be"
+                )
+            self._warned = True
+        else:
+            self.metrics, self._warned = [], False
+
+    def _append(self) -> None:
         new = {key for row in self.metrics for key in row} - set(self.columns)
         if new:
             rows: list[dict[str, Any]] = []
             if self.path.exists():
                 with self.path.open(newline="") as file:
                     rows = list(csv.DictReader(file))
-            self.columns = sorted({*self.columns, *new})
-            self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerows(self.metrics)
-        self.metrics = []
+            columns = sorted({*self.columns, *new})
+            self._rewrite(rows, columns)
+            self.columns = columns
+        text = StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(self.metrics)
+        added = text.getvalue().encode()
+        with self.path.open("ab", buffering=0) as file:
+            whole = file.tell()
+            try:
+                if (file.write(added) or 0) < len(added):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(whole)  # half a row would spoil the next
+                raise
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        beside = self.path.with_suffix(".csv.part")
-        with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, self.path)
+    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with whole_file(self.path) as file:
+            file.write(text.getvalue().encode())
 
 
 class RunWandbLogger(WandbLogger):

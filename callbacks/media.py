@@ -16,6 +16,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
+from lightning_modules.files import file_name
+
 GAP = 2
 FONT_SIZE = 14
 SMALLEST_CELL = 48
@@ -27,8 +29,10 @@ def run_directory(trainer: Trainer) -> Path:
 
 
 def batch_count(trainer: Trainer) -> int:
-    """Training batches so far: the x axis that Lightning gives to its loggers, whatever the number of optimizers."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+    """Number of the batch, from 0: the x axis that Lightning gives to its loggers, whatever the number of optimizers."""
+    loop = trainer.fit_loop.epoch_loop
+    # Lightning logs what belongs to an epoch at its last batch, but counts that one before it calls the callbacks.
+    return min(loop._batches_that_stepped, max(loop.total_batch_idx, 0))
 
 
 def log_images(
@@ -98,11 +102,8 @@ def log_table(
             )
     if not trainer.is_global_zero:
         return None
-    path = (
-        run_directory(trainer)
-        / "tables"
-        / f"{'-'.join([*key.split('/'), *([part] if part else [])])}.csv"
-    )
+    name = file_name("-".join([*key.split("/"), *([part] if part else [])]))
+    path = run_directory(trainer) / "tables" / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([list(columns), *rows])
@@ -221,7 +222,7 @@ def _width(font: Any, text: str) -> float:
 
 
 def _image_path(trainer: Trainer, key: str) -> Path:
-    name = f"{key.replace('/', '-')}-{trainer.current_epoch}.png"
+    name = file_name(f"{key.replace('/', '-')}-{trainer.current_epoch}") + ".png"
     path = run_directory(trainer) / "images" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from callbacks.media import run_directory
 from callbacks.report import require, write_table
+from lightning_modules.files import file_name
 from lightning_modules.zaq.deploy import deploy
 from lightning_modules.zaq.export import (
     demand_integer_kernels,
@@ -157,7 +158,7 @@ class IntegerExport(Callback):
         rows, wrong = [], []
         for name, network in networks.items():
             network = network.float()
-            path = export_onnx(network, run_directory(trainer) / f"{name}.onnx", sample)
+            path = export_onnx(network, run_directory(trainer) / f"{file_name(name)}.onnx", sample)
             parity = verify_onnx(path, network, (x for x, _ in _batches(module, test_set)))
             least = 0 if name == "float" else self.min_integer_kernels
             kernels = demand_integer_kernels(path, least)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from callbacks.media import log_table, run_directory, save_figure
+from lightning_modules.files import file_name
 
 
 class Histogram(NamedTuple):
@@ -24,30 +25,17 @@ class Histogram(NamedTuple):
     threshold: float | None
 
 
-def require(callback: Callback, module: LightningModule, *names: str) -> None:
-    """Checks that a module offers what a callback works with.
+def require(callback: Callback, offering: Any, *names: str) -> None:
+    """Checks that a module or a DataModule offers what a callback works with.
 
     Raises:
         MisconfigurationException: if it does not.
     """
-    missing = [name for name in names if not hasattr(module, name)]
+    missing = [name for name in names if not hasattr(offering, name)]
     if missing:
+        kind = "module" if isinstance(offering, LightningModule) else "DataModule"
         raise MisconfigurationException(
-            f"{type(callback).__name__} needs a module with {', '.join(names)}, {type(module).__name__} has no "
-            f"{', '.join(missing)}; remove the callback"
-        )
-
-
-def require_data(callback: Callback, data: Any, *names: str) -> None:
-    """Checks that a DataModule offers what a callback works with.
-
-    Raises:
-        MisconfigurationException: if it does not.
-    """
-    missing = [name for name in names if not hasattr(data, name)]
-    if missing:
-        raise MisconfigurationException(
-            f"{type(callback).__name__} needs a DataModule with {', '.join(names)}, {type(data).__name__} has no "
+            f"{type(callback).__name__} needs a {kind} with {', '.join(names)}, {type(offering).__name__} has no "
             f"{', '.join(missing)}; remove the callback"
         )
 
@@ -96,7 +84,7 @@ def write_table(
     for name, *values in rows:
         lines.append(line(name, ["-" if value is None else f"{value:.1f}" for value in values]))
     text = "\n".join([*lines, *notes])
-    path = run_directory(trainer) / f"{key}_table.txt"
+    path = run_directory(trainer) / f"{file_name(key)}_table.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
     log_table(trainer, f"{key}/table", columns, rows)

@@ -1,5 +1,6 @@
 """One directory per run: how it is named, and what is recorded in it."""
 
+import errno
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from callbacks.checkpoint import is_debug_run, load_checkpoint
+from lightning_modules.files import demand_file_name, file_name, free_space, whole_file
 from lightning_modules.randomness import global_seed
 
 # Processes that Lightning launches inherit the directory that the first one chose.
@@ -32,9 +34,9 @@ class RunOptions:
 
     Args:
         root: folder of all runs.
-        experiment: what is run, PAPER-DATASET by convention.
-        name: of this run; an existing one is refused. None takes the id that the agent of a wandb sweep gave, or that
-            of a cluster job (ARRAY_TASK for a task of a job array), else the next free number.
+        experiment: what is run, PAPER-DATASET by convention; a plain name, no folders.
+        name: of this run, plain too; an existing one is refused. None takes the id that the agent of a wandb sweep
+            gave, or that of a cluster job (ARRAY_TASK for a task of a job array), else the next free number.
         resume: continue the run ``name`` from its last checkpoint; start it where there is none.
         test: after ``fit``, run the test protocol.
     """
@@ -63,18 +65,19 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
         command: fit, validate, test or predict; the last three get a numbered directory of their own.
 
     Raises:
-        ValueError: if the name is taken, or several processes have no common name.
+        ValueError: if the name is taken or no plain name, several processes have no common name, or a link leads out
+            of the directory.
         PermissionError: if the directory cannot be written.
     """
     inherited = chosen_directory()
     if inherited is not None:
         return inherited
-    experiment = Path(options.root) / options.experiment
+    experiment = Path(options.root) / demand_file_name(options.experiment, "--run.experiment")
     job = _job_name()
     processes = max(
         int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
     )
-    name = options.name or job
+    name = job if options.name is None else demand_file_name(options.name, "--run.name")
     if name is None and (processes > 1 or options.resume):
         raise ValueError(
             f"{'resuming' if options.resume else f'a run of {processes} processes'} needs a name: give --run.name NAME"
@@ -89,6 +92,7 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
             raise ValueError(
                 f"run {directory} exists; choose another --run.name, or continue it with --run.resume true"
             )
+        _refuse_links(Path(options.root), directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             probe = directory / ".writable"
@@ -103,17 +107,27 @@ def open_run_directory(options: RunOptions, command: str) -> Path:
     return directory
 
 
+def _refuse_links(root: Path, directory: Path) -> None:
+    """What a run writes stays in its directory: that may not be a link to elsewhere, nor what is in it."""
+    inside = directory.iterdir() if directory.is_dir() else []
+    for path, home in [(directory, root), *((entry, directory) for entry in inside)]:
+        if not path.resolve().is_relative_to(home.resolve()):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside {home}; remove it, or give --run.root the folder "
+                "in which the runs shall be"
+            )
+
+
 def _job_name() -> str | None:
     """What an agent or a scheduler calls this run, the same in all of its processes and when it starts it again."""
     found = os.environ
     if found.get("WANDB_SWEEP_ID") and found.get("WANDB_RUN_ID"):
-        return (
-            f"wandb-{found['WANDB_RUN_ID']}"  # one of several runs of the job in which the agent is
-        )
+        # One of several runs of the job in which the agent is.
+        return file_name(f"wandb-{found['WANDB_RUN_ID']}")
     if "SLURM_ARRAY_JOB_ID" in found:
         return f"job-{found['SLURM_ARRAY_JOB_ID']}_{found['SLURM_ARRAY_TASK_ID']}"
     job = next((found[key] for key in _JOB_IDS if found.get(key, "none") != "none"), None)
-    return job and f"job-{job}"
+    return job and file_name(f"job-{job}")
 
 
 def _next_number(experiment: Path, prefix: str) -> str:
@@ -212,9 +226,8 @@ class RunRecorder(Callback):
             **provenance(),
         }
         path = Path(trainer.default_root_dir) / "results.json"
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        partial.replace(path)
+        with whole_file(path) as file:
+            file.write((json.dumps(results, indent=2) + "\n").encode())
         rank_zero_info(f"wrote {path}")
 
 
@@ -294,6 +307,10 @@ def with_checkpoint_config(arguments: list[str]) -> list[str]:
 
 def readable_message(error: BaseException) -> str:
     """The message of our own code where an error was wrapped, else the parser's without its talk of types."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # Only a checkpoint and rows of metrics.csv can be made up for later; another file would be missing.
+        directory = chosen_directory() or Path()
+        return f"{error} ({free_space(directory)}); free some space, then continue with --run.resume true"
     cause: BaseException | None = error
     while cause is not None:
         frames = traceback.extract_tb(cause.__traceback__)

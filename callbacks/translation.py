@@ -16,7 +16,7 @@ from callbacks.judging import (
     distances,
 )
 from callbacks.media import labelled_grid, log_images
-from callbacks.report import due, evenly, require, require_data, write_table
+from callbacks.report import due, evenly, require, write_table
 from lightning_modules.arguments import demand_at_least
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.cyclegan.module import Direction
@@ -125,7 +125,7 @@ class TranslationReport(JudgedTranslations):
             RuntimeError: a checkpoint is of something else.
         """
         require(self, pl_module, "translate")
-        require_data(self, getattr(trainer, "datamodule", None), *SETS)
+        require(self, getattr(trainer, "datamodule", None), *SETS)
         option = "--trainer.callbacks.against"
         if not self._others:
             taken = [type(pl_module).__name__]

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchvision.datasets import VOCDetection
 
-from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
+from datamodules.drawn_or_files import DrawnOrFilesDataModule
 from datamodules.shapes import Scenes
 from datamodules.shapes_options import SceneOptions, scenes_and_side
 from datamodules.sources import picture_sizes, unknown_name, visit_files
@@ -34,7 +33,7 @@ VOC_CLASSES = (
 VOC_VALIDATION = 10
 
 
-class DetectionDataModule(AdversariaDataModule):
+class DetectionDataModule(DrawnOrFilesDataModule):
     """Images with a box and a class for every object.
 
     A batch has ``image`` [B, 3, S, S] in [0, 1] (no normalisation: that is the module's business), ``boxes`` [B, M, 4],
@@ -125,11 +124,6 @@ class DetectionDataModule(AdversariaDataModule):
         self._scenes = {"train": shapes_train, "val": shapes_val, "test": shapes_test}
 
     @property
-    def num_classes(self) -> int:
-        """K, without a background."""
-        return len(self.class_names)
-
-    @property
     def split_info(self) -> dict[str, Any]:
         """What was evaluated, in plain values for results and checkpoints."""
         of_set: dict[str, Any] = {}
@@ -144,60 +138,32 @@ class DetectionDataModule(AdversariaDataModule):
             "counts": {name: len(part) for name, part in parts.items() if part is not None},
         }
 
-    def check_files(self, stage: TrainerFn | None) -> None:
-        """Makes sure that the files are there before anything starts."""
-        if self.dataset != "shapes":
-            for part in parts_of(stage):
-                self._voc(part)
-
     def open_folder(self, folder: str) -> PictureFileDataset:
         """The pictures of a folder, squeezed to squares."""
         files = pictures_to_predict(folder)
         sizes = torch.tensor(picture_sizes(files, folder, "checking pictures"))
         return PictureFileDataset(files, self.image_size, original_sizes=sizes)
 
-    def open_parts(self, stage: str | None) -> None:
-        """Opens what the stage needs; what was opened before is kept."""
-        for part in parts_of(stage):
-            if getattr(self, part) is None:
-                opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
-                setattr(self, part, opened)
+    def check_part(self, part: str) -> None:
+        """Looks for pictures and annotations of a part."""
+        self._voc(part)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The classes, for the checkpoint."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other classes, unless a folder is predicted.
-
-        Raises:
-            ValueError: other classes, or in another order.
-        """
-        if not state_dict:
-            return
-        then = list(state_dict["class_names"])
-        if self.predicts_folder:
-            self.class_names = then
-        elif then != self.class_names:
-            raise ValueError(
-                f"the checkpoint was trained on the classes {', '.join(then)}, the data have "
-                f"{', '.join(self.class_names)}; set --data.dataset and --data.shapes to data of the same classes"
-            )
-
-    def _draw(self, part: str) -> BatchDataset:
+    def draw_part(self, part: str) -> BatchDataset:
+        """The scenes of a part, kept in memory if they fit."""
         options, count = self.shapes, self._scenes[part]
         scenes = ObjectScenes(options, self.shapes_seed, count, FIRST_SCENE[part])
-        if not self._fits(count):
+        if not self.fits(count, self.image_size):
             return scenes
         return ObjectArrayDataset(
             [scenes.__getitems__(some) for some in torch.arange(count).split(DRAWN_AT_ONCE)]
         )
 
-    def _open(self, part: str) -> BatchDataset:
+    def open_part(self, part: str) -> BatchDataset:
+        """The pictures of a part, kept in memory if they fit."""
         pictures, annotations = self._voc(part)
         objects = read_voc_objects(annotations, f"annotations of {self.dataset} {part}")
         dataset = ObjectPictureDataset(pictures, self.image_size, objects)
-        if self._fits(len(dataset)):
+        if self.fits(len(dataset), self.image_size):
             dataset.keep(f"{self.dataset} {part}")
         return dataset
 
@@ -226,9 +192,6 @@ class DetectionDataModule(AdversariaDataModule):
             )
             raise FileNotFoundError(f"VOC {part} (ImageSets/Main/{split}.txt): {what}")
         return [Path(picture) for picture, _ in kept], [Path(text) for _, text in kept]
-
-    def _fits(self, count: int) -> bool:
-        return count * 3 * self.image_size**2 <= self.cache_limit * 2**30
 
     def _floats(self, batch: dict[str, Any], key: str) -> dict[str, Any]:
         as_bytes = batch["image"].dtype == torch.uint8

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.boxes import Framing, framed_boxes
 from datamodules.datasets import (
     BatchDataset,
@@ -18,6 +16,7 @@ from datamodules.datasets import (
     PictureFileDataset,
     pictures_to_predict,
 )
+from datamodules.drawn_or_files import DrawnOrFilesDataModule
 from datamodules.localization_sources import Birds, ClassFolders, ImageNet, PictureSource
 from datamodules.shapes import Scenes
 from datamodules.shapes_options import SceneOptions, scenes_and_side
@@ -33,7 +32,7 @@ FIRST_SCENE = {"train": 0, "val": 10**9, "test": 2 * 10**9}
 DRAWN_AT_ONCE = 256
 
 
-class LocalizationDataModule(AdversariaDataModule):
+class LocalizationDataModule(DrawnOrFilesDataModule):
     """Images with labels for training; with labels and boxes for validation and test.
 
     The threshold that turns a map into a box is chosen on validation boxes, so these are never
@@ -174,11 +173,6 @@ class LocalizationDataModule(AdversariaDataModule):
         self._origins: dict[str, str] = {}
 
     @property
-    def num_classes(self) -> int:
-        """K, once the classes are known; 0 before."""
-        return len(self.class_names)
-
-    @property
     def split_info(self) -> dict[str, Any]:
         """What was evaluated, in plain values for results and checkpoints."""
         of_set: dict[str, Any] = {
@@ -197,56 +191,17 @@ class LocalizationDataModule(AdversariaDataModule):
             "counts": dict(self._counts),
         }
 
-    def check_files(self, stage: TrainerFn | None) -> None:
-        """Makes sure that the files are there before anything starts."""
-        if self.dataset != "shapes":
-            for part in parts_of(stage):
-                self._source().check(Path(self.root).expanduser(), part)
-
-    def open_parts(self, stage: str | None) -> None:
-        """Opens what the stage needs; what was opened before is kept."""
-        for part in parts_of(stage):
-            if getattr(self, part) is None:
-                opened = self._draw(part) if self.dataset == "shapes" else self._open(part)
-                setattr(self, part, opened)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The classes, for the checkpoint."""
-        return {"class_names": list(self.class_names)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint of other classes; takes its classes when a folder is predicted.
-
-        Raises:
-            ValueError: other classes, or in another order.
-        """
-        if not state_dict:
-            return
-        then, now = list(state_dict["class_names"]), self.class_names
-        if self.predicts_folder:
-            self.class_names = then
-        elif now and then != now:
-            both = set(then) & set(now)
-            listed = [
-                f"{place}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
-                for place, names in (
-                    ("only in the checkpoint", [name for name in then if name not in both]),
-                    (f"only in {self.dataset}", [name for name in now if name not in both]),
-                )
-                if names
-            ]
-            raise ValueError(
-                f"the checkpoint was trained on {len(then)} classes, the data have {len(now)} "
-                f"({'; '.join(listed) or 'the same in another order'}); set --data.dataset and "
-                "--data.root to data of the same classes"
-            )
-
     def _source(self) -> PictureSource:
         if self.dataset == "image_folder":
             return ClassFolders(None if self.boxes is None else Path(self.boxes).expanduser())
         return Birds() if self.dataset == "cub200" else ImageNet()
 
-    def _draw(self, part: str) -> BatchDataset:
+    def check_part(self, part: str) -> None:
+        """Looks for the files of a part."""
+        self._source().check(Path(self.root).expanduser(), part)
+
+    def draw_part(self, part: str) -> BatchDataset:
+        """The scenes of a part, kept in memory if they fit."""
         scenes = LocalizedScenes(
             self.shapes,
             self.shapes_seed,
@@ -258,7 +213,7 @@ class LocalizationDataModule(AdversariaDataModule):
         if part != "train":
             self._counts[f"{part}_with_boxes"] = len(scenes)
         self._origins[part] = f"scenes from {FIRST_SCENE[part]}"
-        if not self._fits(len(scenes), self.image_size):
+        if not self.fits(len(scenes), self.image_size):
             return scenes
         pieces = [scenes.__getitems__(i) for i in torch.arange(len(scenes)).split(DRAWN_AT_ONCE)]
         truth = {
@@ -273,7 +228,8 @@ class LocalizationDataModule(AdversariaDataModule):
             masks=truth["mask"],
         )
 
-    def _open(self, part: str) -> BatchDataset:
+    def open_part(self, part: str) -> BatchDataset:
+        """The pictures of a part, kept in memory if they fit."""
         root, source = Path(self.root).expanduser(), self._source()
         source.check(root, part)
         self.class_names = source.class_names(root)
@@ -301,7 +257,7 @@ class LocalizationDataModule(AdversariaDataModule):
             decode=framing.decode,
         )
         # Twice the short side is a guess that holds for nearly every photograph.
-        if self._fits(len(dataset) * (2 if various else 1), framing.crop or framing.resize):
+        if self.fits(len(dataset) * (2 if various else 1), framing.crop or framing.resize):
             dataset.keep(f"{self.dataset} {part}")
         return dataset
 
@@ -340,9 +296,6 @@ class LocalizationDataModule(AdversariaDataModule):
         if self.eval_crop:
             return Framing(self.resize, self.keep_aspect, self.image_size)
         return Framing(self.image_size)
-
-    def _fits(self, count: int, side: int) -> bool:
-        return count * 3 * side**2 <= self.cache_limit * 2**30
 
     def _demand_two_classes(self) -> None:
         if len(self.class_names) < 2:

@@ -28,6 +28,7 @@ from datamodules.sources import (
     unknown_name,
 )
 from lightning_modules.arguments import demand_at_least
+from lightning_modules.files import UnreadableError, read_array, read_tensors
 from lightning_modules.randomness import mix
 
 FEATURE_SUFFIXES = (".npy", ".pt", ".pth")
@@ -265,14 +266,11 @@ def read_features(path: Path, option: str) -> Tensor:
     """
     name = f"{option} {path}"
     mend = "save one array or tensor [N, D]"
+    read: Any = read_array if path.suffix.lower() == ".npy" else read_tensors
     try:
-        if path.suffix.lower() == ".npy":
-            # Copy-on-write, since torch does not like read-only memory.
-            found: Any = np.load(path, mmap_mode="c", allow_pickle=False)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in the reader's own way
-        raise RuntimeError(f"{name} cannot be read ({_first_line(error)}); {mend}") from error
+        found = read(path, "file of features")
+    except UnreadableError as error:
+        raise UnreadableError(f"{option} {error}; {mend}") from error
     if isinstance(found, dict):
         if "features" not in found:
             raise ValueError(f"{name} is a dict without 'features'; it has {list(found)[:10]}")
@@ -366,7 +364,3 @@ def _demand_one_shape(
         f"and {other_name} is {other[2]}x{other[1]} (width x height); use --data.image_size N to squeeze "
         "all to NxN"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

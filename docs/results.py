@@ -219,7 +219,8 @@ def value_text(record: dict[str, Any], key: str, form: str = "") -> str:
         record: of :func:`load`.
         key: of the metric.
         form: empty for mean ± std over the runs, ``mean``, ``range`` for smallest to largest, ``se`` for the value ±
-            the standard error that the run itself recorded (``KEY_se``); then the number of decimals, if one is wanted.
+            the standard error that the run itself recorded (``KEY_se``); then the number of decimals, if one is
+            wanted.
 
     Raises:
         ValueError: an unknown metric or form.

@@ -2,26 +2,13 @@
 
 from contextvars import Context
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from lightning_modules.files import read_tensors
 from lightning_modules.paper import PaperModule
-
-
-def read_checkpoint(path: Path) -> Any:
-    """What is in a file, on the CPU.
-
-    Raises:
-        RuntimeError: it is no readable checkpoint, or holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for what is no checkpoint
-        raise RuntimeError(
-            f"{path} is not a readable checkpoint ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
@@ -39,7 +26,7 @@ def load_frozen(path: str | Path, option: str, **methods: str) -> PaperModule:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}; give one by {option} FILE")
-    written: Any = read_checkpoint(path)
+    written = read_tensors(path, f"checkpoint ({option})")
     name = written.get("module_class") if isinstance(written, dict) else None
     found = [kind for kind in _descendants(PaperModule) if kind.__name__ == name]
     if not found:
@@ -75,7 +62,7 @@ def read_reference_state(path: str | Path, key: str | None = None) -> dict[str, 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    stored = read_checkpoint(path)
+    stored = read_tensors(path)
     state = stored if key is None or not isinstance(stored, dict) else stored.get(key)
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise RuntimeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_modules.dissection.formulas import And, Formula, Leaf, Not, Or, formula_from_json
 from lightning_modules.dissection.signatures import Signatures, unique_signatures
+from lightning_modules.files import read_tensors
 from lightning_modules.randomness import mix
 
 LARGEST_COUNT = 2**53
@@ -340,7 +341,7 @@ class ConceptMasks:
     @classmethod
     def load(cls, path: str | Path) -> "ConceptMasks":
         """Reads what :meth:`save` wrote."""
-        state = torch.load(path, weights_only=True)
+        state = read_tensors(path, "file of concept masks")
         parts = (state[name] for name in ("indptr", "indices", "weights", "index_map"))
         atoms = [formula_from_json(tree) for tree in state["atoms"]]
         return cls(

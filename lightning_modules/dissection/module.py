@@ -44,6 +44,7 @@ from lightning_modules.dissection.scores import (
     iou_from_counts,
 )
 from lightning_modules.dissection.search import Explanation, Mode, beam_search
+from lightning_modules.files import read_cached, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
 from lightning_modules.paper import PaperModule
 from lightning_modules.supervised import Classifier, fit_judge
@@ -340,20 +341,14 @@ class Dissection(PaperModule):
 
     def _load(self, kind: str) -> Any:
         """What an earlier run has kept, the same on every process; None if there is nothing."""
-        found = None
-        path = self._cache_file(kind)
-        if self.trainer.is_global_zero and path.is_file():
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_cached(self._cache_file(kind)) if self.trainer.is_global_zero else None
         return self.trainer.strategy.broadcast(found)
 
     def _save(self, kind: str, state: Any) -> None:
         if not self.trainer.is_global_zero:
             return
-        path = self._cache_file(kind)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        with whole_file(self._cache_file(kind)) as file:
+            torch.save(state, file)
 
     # ------------------------------------------------------------------ two passes
     def _run(self, images: Tensor) -> tuple[Tensor, Any]:

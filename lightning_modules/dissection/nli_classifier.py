@@ -14,8 +14,9 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_modules.arguments import demand_at_least
-from lightning_modules.checkpoints import load_frozen, read_checkpoint
+from lightning_modules.checkpoints import load_frozen
 from lightning_modules.dissection.networks import LABELS, PAD, UNK, BowmanEntailmentClassifier
+from lightning_modules.files import read_tensors
 from lightning_modules.paper import PaperModule
 from lightning_modules.randomness import global_seed, mix
 
@@ -252,9 +253,7 @@ def load_nli_classifier(path: str | Path, option: str = "--model.classifier") ->
         ValueError: it is in the released format, but of another network.
     """
     path = Path(path).expanduser()
-    checkpoint: Any = None
-    if path.is_file():
-        checkpoint = read_checkpoint(path)
+    checkpoint = read_tensors(path, f"checkpoint ({option})") if path.is_file() else None
     if isinstance(checkpoint, dict) and "stoi" in checkpoint:
         module = NLIClassifier.from_reference(checkpoint)
         return module.eval().requires_grad_(False)

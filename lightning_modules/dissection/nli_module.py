@@ -1,7 +1,7 @@
 """Compositional Explanations of a sentence-pair classifier as a program; run with ``train.py test``."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
@@ -54,6 +54,7 @@ from lightning_modules.dissection.scores import (
     iou_from_counts,
 )
 from lightning_modules.dissection.search import Explanation, Mode
+from lightning_modules.files import read_cached, read_tensors, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
 from lightning_modules.paper import PaperModule
 from lightning_modules.randomness import global_seed, mix
@@ -217,15 +218,16 @@ class NLIDissection(PaperModule):
             settings = [global_seed(), *(self.hp[name] for name in names), data.vocabulary]
             key = fingerprint_of(settings, pairs.labels.tolist(), pairs.pairs)
             path = Path(self.trainer.default_root_dir) / "classifier.pt"
-            if path.exists():
-                found = torch.load(path, map_location="cpu", weights_only=True)
-                kept = found if found.get("trained_as") == key else None
+            found = read_cached(path)
+            if found is not None and found.get("trained_as") == key:
+                kept = found
             if kept is None:
                 kept = {
                     **self._train(pairs, data.vocabulary).reference_checkpoint(),
                     "trained_as": key,
                 }
-                _write(path, lambda partial: torch.save(kept, partial))
+                with whole_file(path) as file:
+                    torch.save(kept, file)
         module = NLIClassifier.from_reference(self.trainer.strategy.broadcast(kept))
         return module.eval().requires_grad_(False)
 
@@ -605,14 +607,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    write(partial)
-    partial.replace(path)
-
-
 def read_vectors(path: str | Path) -> dict[str, Tensor]:
     """Word vectors from a text file (a word and its numbers in each line) or a ``.pt`` file with a dictionary.
 
@@ -627,7 +621,7 @@ def read_vectors(path: str | Path) -> dict[str, Tensor]:
         )
     vectors: dict[str, Tensor] = {}
     if path.suffix == ".pt":
-        table = torch.load(path, map_location="cpu", weights_only=True)
+        table = read_tensors(path, "file of word vectors (--model.vectors)")
         if not isinstance(table, dict):
             raise ValueError(f"{path} holds a {type(table).__name__}, not vectors by word")
         return {str(word): torch.as_tensor(vector) for word, vector in table.items()}

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lightning_modules.files import read_tensors
+
 
 def local_path(url: str, weights_path: str | None = None) -> Path:
     """Where the weights file is expected: ``weights_path``, or the url's file name in torch.hub's folder."""
@@ -50,8 +52,8 @@ def read_weights(name: str, file: Path) -> dict[str, Any]:
         RuntimeError: the file holds something else.
     """
     try:
-        state = dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as error:
+        state = dict(read_tensors(file, f"file of the weights of {name} (--model.weights_path)"))
+    except (TypeError, ValueError) as error:
         raise RuntimeError(wrong_weights(name, file, error)) from error
     if name.startswith("densenet"):  # its files have older names, norm.1 for norm1
         old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")

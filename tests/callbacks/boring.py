@@ -109,7 +109,7 @@ def run_fresh(code: str, *arguments: str, **environment: str) -> str:
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(
-        command, env=env, timeout=90, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=env, timeout=180, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

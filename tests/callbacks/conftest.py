@@ -10,6 +10,7 @@ from tests.callbacks.boring import *
 from lightning.pytorch import Callback
 from callbacks.cluster_metrics import ClusterMetrics
 from callbacks.ema import GeneratorEMA
+from callbacks.finite import FiniteGuard
 from callbacks.loggers import ResumableCSVLogger
 from callbacks.predictions import PredictionWriter
 
@@ -27,6 +28,23 @@ class SlowTail(BoringGAN):
         if self.global_rank == 0:
             time.sleep(0.2)
 
+class SlowLoader(BoringImages):
+    def __getitem__(self, index):
+        if torch.distributed.get_rank() == 1:
+            time.sleep(0.05)
+        return super().__getitem__(index)
+
+class Stopwatch(Callback):
+    # When rank 0 was done with its batches.
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 0:
+            with self.path.open("a") as file:
+                print(time.perf_counter(), file=file)
+
 class SaveAverage(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         state = {k: v.clone() for k, v in pl_module.generator_ema.state_dict().items()}
@@ -40,12 +58,19 @@ def trainer(path, *callbacks, **options):
 
 torch.manual_seed(0)
 logger = ResumableCSVLogger(str(directory / "compute"))
-callbacks = [GeneratorEMA(), SaveAverage(), ClusterMetrics(3)]
+callbacks = [GeneratorEMA(), SaveAverage(), ClusterMetrics(3), FiniteGuard()]
+callbacks.append(Stopwatch(directory / "compute-times"))
 trainer(directory, *callbacks, logger=logger).fit(BoringGAN(sleep_rank=1, sleep=0.2), loader(48))
-for kind, module in {"data": SlowData(), "tail": SlowTail()}.items():
+for kind, module, data in (
+    ("data", SlowData(), BoringImages(48)),
+    ("tail", SlowTail(), BoringImages(48)),
+    ("loader", BoringGAN(), SlowLoader(48)),
+):
     logger = ResumableCSVLogger(str(directory / kind))
-    trainer(directory, ClusterMetrics(3), logger=logger).fit(module, loader(48))
-for kind in ("compute", "data", "tail"):
+    # The guard waits for all ranks, as in every run of train.py.
+    callbacks = [ClusterMetrics(3), FiniteGuard(), Stopwatch(directory / f"{kind}-times")]
+    trainer(directory, *callbacks, logger=logger).fit(module, DataLoader(data, 4))
+for kind in ("compute", "data", "tail", "loader"):
     (directory / kind / "metrics.csv").rename(directory / f"{kind}.csv")
 predict = trainer(directory, PredictionWriter())
 predict.predict(BoringGAN(), loader(15, 2), return_predictions=False)

@@ -111,17 +111,33 @@ def test_bad_interval() -> None:
         ClusterMetrics(0)
 
 
-def test_finds_the_slow_one_of_two_processes(two_processes: tuple[Path, str]) -> None:
-    """They take equally long for each batch, since the fast one waits: naive timing sees no straggler at all."""
-    for kind, slow in {"compute": 1, "tail": 0, "data": 0}.items():
-        with (two_processes[0] / f"{kind}.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["cluster/straggler_rank"]]
-        assert [row["step"] for row in rows] == ["2", "5"]
-        for row in rows:
-            assert float(row["cluster/straggler_rank"]) == slow
-            assert float(row["cluster/straggler_ratio"]) > 1.2
-            assert float(row["cluster/step_time_max"]) >= 0.2
-            assert float(row["cluster/step_time_min"]) < 0.15
-            # 2 x 4 images in 0.2 s and a little more.
-            assert 8 < float(row["cluster/images_per_second"]) <= 40
-            assert (float(row["cluster/data_time"]) >= 0.2) == (kind == "data")
+@pytest.mark.parametrize(
+    ("kind", "slow"), [("compute", 1), ("tail", 0), ("data", 0), ("loader", 1)]
+)
+def test_finds_the_slow_one_of_two_processes(
+    kind: str, slow: int, two_processes: tuple[Path, str]
+) -> None:
+    """They take equally long for each batch, since the fast one waits: naive timing sees no straggler at all.
+
+    One of them sleeps 0.2 s in each batch.
+    """
+    with (two_processes[0] / f"{kind}.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["cluster/straggler_rank"]]
+    assert [row["step"] for row in rows] == ["2", "5"]
+    # A busy machine only adds to the times, so the quieter of the measured batches is looked at.
+    row = min(rows, key=lambda row: float(row["cluster/step_time_min"]))
+    assert float(row["cluster/straggler_rank"]) == slow
+    assert float(row["cluster/straggler_ratio"]) > 1.1
+    slowest, fastest = float(row["cluster/step_time_max"]), float(row["cluster/step_time_min"])
+    assert slowest >= 0.2
+    assert slowest - fastest == pytest.approx(0.2, abs=0.1)
+    waited = float(row["cluster/data_time"])
+    if kind in ("data", "loader"):
+        assert waited >= 0.2
+        assert slowest - waited < 0.15, "what is waited for data is not computed"
+    else:
+        assert waited < 0.15
+    # By a clock of the test: three batches of 2 x 4 images between the measured ones.
+    times = [float(line) for line in (two_processes[0] / f"{kind}-times").read_text().split()]
+    expected = 24 / (times[5] - times[2])
+    assert float(rows[1]["cluster/images_per_second"]) == pytest.approx(expected, rel=0.15)

@@ -1,4 +1,5 @@
 import csv
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.checkpoint import AtomicCheckpointIO, ResumableCheckpoint
 from callbacks.loggers import MetricsFile, ResumableCSVLogger, RunWandbLogger
 from tests.callbacks.boring import BoringGAN, boring_trainer, loader, run_fresh
 from tests.wandb_file import WandbFile
@@ -232,3 +234,42 @@ def test_real_offline_wandb_run_is_complete_and_continued(tmp_path: Path) -> Non
     assert [caption for _, caption, _ in pictures] == ["grid-0.png", "grid-1.png"]
     assert all(file.stat().st_size > 100 for _, _, file in pictures)
     assert list(parts[0].tables()) == [("tables/a/table", {"columns": ["x"], "data": [[1]]})]
+
+
+def test_rows_wait_for_a_full_disk(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(3):
+        file.log_metrics({"a": 0.125 * step}, step)
+        try:
+            if step == 1:
+                size = file.path.stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 3, limit[1]))
+                with pytest.warns(
+                    UserWarning, match=r"metrics\.csv cannot be written .*rows are kept"
+                ):
+                    file.save()
+                assert file.path.stat().st_size == size, "no half row"
+            else:
+                file.save()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert file.path.read_text().split() == ["a,step", "0.0,0", "0.125,1", "0.25,2"]
+
+
+def test_a_test_that_is_repeated_on_resume_is_not_doubled(tmp_path: Path) -> None:
+    """Killed in its test, the run has nothing left to train, and its first row is that of the test."""
+    for ckpt_path in (None, tmp_path / "checkpoints" / "last.ckpt"):
+        trainer = boring_trainer(
+            tmp_path,
+            callbacks=[ResumableCheckpoint()],
+            enable_checkpointing=True,
+            plugins=[AtomicCheckpointIO()],
+            logger=ResumableCSVLogger(str(tmp_path)),
+        )
+        trainer.fit(BoringGAN(), loader(), ckpt_path=ckpt_path)
+        trainer.test(trainer.lightning_module, loader(), verbose=False)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["test/score/mean"] != "" for row in rows) == 1
+    assert len(rows) == 9

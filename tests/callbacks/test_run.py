@@ -12,7 +12,13 @@ from tests.callbacks.boring import BoringGAN, boring_trainer, loader
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for key in ("SLURM_JOB_ID", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+    for key in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "SLURM_NTASKS",
+        "TORCHELASTIC_RUN_ID",
+        "WORLD_SIZE",
+    ):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     monkeypatch.delenv("ADVERSARIA_RUN_DIRECTORY", raising=False)
@@ -57,6 +63,15 @@ def test_a_scheduled_job_is_named_after_its_id(
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711"
+
+
+def test_the_tasks_of_an_array_are_named_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM gives each of them a job id of its own."""
+    for key, value in {"JOB_ID": "4713", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert open_new(RunOptions(str(tmp_path), "paper-data")).name == "job-4711_2"
 
 
 def test_a_run_of_a_wandb_agent_has_a_name_of_its_own(
@@ -114,3 +129,34 @@ def test_wall_time_adds_up_over_interruptions() -> None:
     first.wall_time = 100.0
     second.load_state_dict(first.state_dict())
     assert second.wall_time >= 100.0
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "..", "", "x" * 300])
+def test_names_cannot_lead_out_of_the_root(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--run\.name .*one plain name"):
+        open_new(RunOptions(str(tmp_path), "paper-data", name))
+    with pytest.raises(ValueError, match=r"--run\.experiment .*one plain name"):
+        open_new(RunOptions(str(tmp_path), name, "mine"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (root / "paper-data").mkdir(parents=True)
+    (root / "paper-data" / "mine").symlink_to(elsewhere)
+    options = RunOptions(str(root), "paper-data", "mine", resume=True)
+    with pytest.raises(ValueError, match=r"mine is a link to .*elsewhere.*--run\.root"):
+        open_new(options)
+    (root / "paper-data" / "mine").unlink()
+    (open_new(options) / "images").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"images is a link to .*elsewhere"):
+        open_new(options)
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    assert open_new(RunOptions(str(linked), "paper-data", "other")).is_dir(), "the root may be one"
+
+
+def test_a_job_id_is_made_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../etc")
+    assert open_new(RunOptions(str(tmp_path), "paper-data")).parent == tmp_path / "paper-data"

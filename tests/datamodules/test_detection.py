@@ -219,7 +219,7 @@ def test_a_checkpoint_of_other_classes_is_refused() -> None:
     data = DetectionDataModule(**SMALL)
     data.load_state_dict(data.state_dict())
     other = DetectionDataModule(**{**SMALL, "shapes": SceneOptions(label="colour")})
-    with pytest.raises(ValueError, match=r"trained on the classes circle.*the data have red"):
+    with pytest.raises(ValueError, match=r"only in the checkpoint: circle.*only in shapes: red"):
         other.load_state_dict(data.state_dict())
 
 

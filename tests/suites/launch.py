@@ -9,18 +9,23 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 180.0
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.suites.preload"])
 
 
-def _child(arguments: list[str], log: str, environment: Mapping[str, str | None]) -> None:
+def _child(
+    arguments: list[str], log: str, environment: Mapping[str, str | None], folder: str
+) -> None:
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+    sys.path.insert(0, str(ROOT))
+    os.chdir(folder)
     # Lightning looks at the environment when it is imported, which has happened before.
     rank_zero_only.rank = int(environment.get("RANK") or environment.get("SLURM_PROCID") or 0)
     with open(log, "w") as file:
@@ -34,14 +39,19 @@ def _child(arguments: list[str], log: str, environment: Mapping[str, str | None]
 
 
 def start(
-    arguments: list[str], log: Path, environment: Mapping[str, str | None] | None = None
+    arguments: list[str],
+    log: Path,
+    environment: Mapping[str, str | None] | None = None,
+    folder: Path = ROOT,
 ) -> BaseProcess:
-    """Starts ``train.py`` with these arguments; what it prints goes to ``log``.
+    """Starts ``train.py`` with these arguments in ``folder``; what it prints goes to ``log``.
 
     A variable of the environment that is None is taken out.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = _context.Process(target=_child, args=(arguments, str(log), environment or {}))
+    process = _context.Process(
+        target=_child, args=(arguments, str(log), environment or {}, str(folder))
+    )
     process.start()
     return process
 

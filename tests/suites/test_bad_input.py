@@ -1,6 +1,9 @@
 """What a user gets wrong: one clear message, a non-zero exit, and no traceback in its way."""
 
+import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +120,7 @@ def test_localization_argument(extra: list[str], expected: list[str], tmp_path: 
         (["--model.widths", '["W4A9"]'], ["W4A9", "from 2 to 8"]),
         (["--model.overrides", '{"0.1.conv": 8}'], ["0.1.conv", "it has: 0.0"]),
         (["--model.taps", "[layer1]"], ["layer1", "no tap"]),
-        (["--model.norm", "group"], ["dfq, aciq, zeroq, gdfq", "batch norms"]),
+        (["--model.norm", "group"], ["dfq, aciq, zeroq, mixed, zeroq_kd, gdfq", "batch norms"]),
         (["--model.network", "googlenet", "--model.in_channels", "3"], ["--model.taps"]),
         (["--model.teacher", "no.ckpt"], ["no.ckpt", "--model.teacher"]),
         (["--model.num_classes", "12"], ["num_classes=12", "10 classes"]),
@@ -378,6 +381,32 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert str(path) in message(["test", "--ckpt_path", str(path)], tmp_path)
     path.write_bytes(b"nothing")
     assert "not a readable checkpoint" in message(["test", "--ckpt_path", str(path)], tmp_path)
+
+
+def test_a_malicious_checkpoint_features_or_name(tmp_path: Path) -> None:
+    """Refused with what it is, and not run; neither can a name write elsewhere."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'victim'}",)
+
+    evil = tmp_path / "evil.pt"
+    torch.save({"state_dict": Evil()}, evil)
+    (tmp_path / "evil.npy").write_bytes(pickle.dumps(Evil()))
+    (zaq,) = (member for member in MEMBERS if member.name == "zaq")
+    features = ["test", "-c", "configs/prdc/features.yaml", "--data.fake", str(evil), "--data.real"]
+    for arguments in (
+        ["test", "--ckpt_path", str(evil)],
+        ["fit", *zaq.arguments(), "--model.teacher", str(evil)],
+        [*features, str(evil)],
+        [*features, str(tmp_path / "evil.npy")],
+    ):
+        line = message(arguments, tmp_path)
+        assert f"{tmp_path}/evil." in line
+        assert "would have Python run posix.system; refused" in line, line
+    assert not (tmp_path / "victim").exists()
+    line = message(osrci("--run.name", "../../x"), tmp_path)
+    assert "--run.name '../../x' must be one plain name" in line
 
 
 def test_continuing_under_other_hyper_parameters_names_both_values(tmp_path: Path) -> None:

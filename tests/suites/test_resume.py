@@ -14,16 +14,22 @@ SIGKILL = -9
 PREEMPTED = 75
 
 
+def arguments(member: Member, root: Path, *probe: str) -> list[str]:
+    """Of the run ``root/EXPERIMENT/run``, continued where there is one."""
+    found = ["fit", *member.arguments(), "--run.root", str(root), "--run.name", "run"]
+    found += ["--run.resume", "true", "--checkpoint.every_n_batches", "3"]
+    found += ["--trainer.callbacks+", "tests.suites.probes.StateDump"]
+    return [*found, "--trainer.callbacks.folder", str(root / "dump"), *probe]
+
+
+def probing(name: str, *options: str) -> list[str]:
+    """Arguments that add a callback of :mod:`tests.suites.probes`."""
+    options = tuple(f"--trainer.callbacks.{option}" for option in options)
+    return ["--trainer.callbacks+", f"tests.suites.probes.{name}", *options]
+
+
 def train(member: Member, root: Path, *probe: str, expect: int = 0, log: str = "log.txt") -> str:
-    """The run ``root/EXPERIMENT/run``, continued where there is one."""
-    arguments = ["fit", *member.arguments(), "--run.root", str(root), "--run.name", "run"]
-    arguments += ["--run.resume", "true", "--checkpoint.every_n_batches", "3"]
-    arguments += ["--trainer.callbacks+", "tests.suites.probes.StateDump"]
-    arguments += ["--trainer.callbacks.folder", str(root / "dump")]
-    if probe:
-        arguments += ["--trainer.callbacks+", "tests.suites.probes.SignalAt"]
-        arguments += [f"--trainer.callbacks.{option}" for option in probe]
-    return run(arguments, root / log, expect)
+    return run(arguments(member, root, *probe), root / log, expect)
 
 
 def outcome(root: Path) -> dict[str, Any]:
@@ -72,8 +78,34 @@ def test_sigkill(uninterrupted: Any, where: str, tmp_path: Path) -> None:
         probe = [f"method={member.boundary}", "call=2"]
     else:
         probe = [f"batch={member.batches[where == 'last phase']}"]
-    train(member, tmp_path, "name=SIGKILL", *probe, expect=SIGKILL, log="killed.txt")
+    probe = probing("SignalAt", "name=SIGKILL", *probe)
+    train(member, tmp_path, *probe, expect=SIGKILL, log="killed.txt")
     train(member, tmp_path)
+    assert_equal(outcome(tmp_path), expected)
+
+
+QUICK = [member for member in MEMBERS if member.name in ("ognet", "supervised")]
+
+
+@pytest.mark.parametrize("uninterrupted", QUICK, indirect=True, ids=lambda member: member.name)
+def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
+    uninterrupted: Any, tmp_path: Path
+) -> None:
+    """Manual and automatic optimisation; a byte of a tensor is changed, which torch would not notice."""
+    member, expected = uninterrupted
+    probe = probing("Poison", f"batch={member.batches[1]}")
+    text = train(member, tmp_path, *probe, expect=1, log="poisoned.txt")
+    (newest,) = tmp_path.glob("*/run/checkpoints/last.ckpt")
+    error = text[text.index("error: ") :]
+    for part in ("= nan", "epoch ", "batch ", f"the last good checkpoint is {newest}"):
+        assert part in error, error
+    content = bytearray(newest.read_bytes())
+    parameter = max(torch.load(newest, weights_only=True)["state_dict"].values(), key=torch.numel)
+    content[content.index(parameter.numpy().tobytes()) + 2] ^= 16
+    newest.write_bytes(content)
+    text = train(member, tmp_path)
+    assert f"{newest} is not a readable checkpoint: it is damaged" in text
+    assert text.count("is not a readable checkpoint") == 1
     assert_equal(outcome(tmp_path), expected)
 
 
@@ -81,9 +113,8 @@ def test_sigkill(uninterrupted: Any, where: str, tmp_path: Path) -> None:
 def test_preemption_loses_nothing(uninterrupted: Any, name: str, tmp_path: Path) -> None:
     member, expected = uninterrupted
     batch = member.batches[0] - 1
-    text = train(
-        member, tmp_path, f"name={name}", f"batch={batch}", expect=PREEMPTED, log="preempted.txt"
-    )
+    probe = probing("SignalAt", f"name={name}", f"batch={batch}")
+    text = train(member, tmp_path, *probe, expect=PREEMPTED, log="preempted.txt")
     assert name in text
     assert "--run.resume true" in text
     (checkpoint,) = tmp_path.glob("*/run/checkpoints/last.ckpt")
@@ -96,7 +127,7 @@ def test_preemption_between_phases(uninterrupted: Any, tmp_path: Path) -> None:
     member, expected = uninterrupted
     if member.boundary is None:
         pytest.skip(f"{member.name} does nothing between phases")
-    probe = ["name=SIGTERM", f"method={member.boundary}", "call=1"]
+    probe = probing("SignalAt", "name=SIGTERM", f"method={member.boundary}", "call=1")
     train(member, tmp_path, *probe, expect=PREEMPTED, log="preempted.txt")
     train(member, tmp_path)
     assert_equal(outcome(tmp_path), expected)

@@ -181,7 +181,7 @@ def test_nothing_else_is_left_or_printed(recorded: Recorded) -> None:
         f"wandb: run {recorded.file.run.run_id} is recorded offline; upload it with "
         f"`wandb sync {folder}`"
     ]
-    assert not (ROOT / "wandb").exists()
+    assert not list(ROOT.glob(f"wandb/*{recorded.file.run.run_id}*"))
     found = [path for path in recorded.root.rglob("*wandb*") if folder not in path.parents]
     beside = {path for path in found if recorded.root / "home" / ".cache" not in path.parents}
     names = ("wandb", "wandb-id.txt")
