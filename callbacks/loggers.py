@@ -73,7 +73,7 @@ class ResumableCSVLogger(CSVLogger):
         trainer = self._trainer
         replaying = trainer is None or trainer.state.fn == "fit"
         if trainer is not None:  # the test of a run that was resumed after its training
-            replaying |= trainer.fit_loop.epoch_progress.current.processed > 0
+            replaying |= trainer.fit_loop.epoch_progress.current.ready > 0
         self.experiment.log_metrics(metrics, step, replaying)
         self.save()
 
@@ -173,11 +173,11 @@ class MetricsFile:
             self.columns = columns
         text = StringIO(newline="")
         csv.DictWriter(text, self.columns).writerows(self.metrics)
-        rows = text.getvalue().encode()
+        added = text.getvalue().encode()
         with self.path.open("ab", buffering=0) as file:
             whole = file.tell()
             try:
-                if file.write(rows) < len(rows):
+                if (file.write(added) or 0) < len(added):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             except OSError:
                 file.truncate(whole)  # half a row would spoil the next

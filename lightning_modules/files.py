@@ -189,7 +189,7 @@ def _globals(stream: bytes) -> list[str]:
     is_pickle = False
     try:
         while stream:  # torch's older format is several pickles, one after the other
-            texts, memo, last, end = [""], [], "", 0
+            texts, memo, last, end = [""], list[str](), "", 0
             for code, argument, position in pickletools.genops(stream):
                 is_pickle |= code.name in ("PROTO", "STOP")
                 if code.name in ("GLOBAL", "INST"):
@@ -199,7 +199,7 @@ def _globals(stream: bytes) -> list[str]:
                 elif code.name == "MEMOIZE":
                     memo.append(last)
                 elif code.name in ("BINGET", "LONG_BINGET"):
-                    argument = memo[argument] if argument < len(memo) else None
+                    argument = memo[int(argument or 0)]
                 last = argument if isinstance(argument, str) else ""
                 texts += [last] if last else []
                 end = (position or 0) + 1

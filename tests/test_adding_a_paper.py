@@ -104,8 +104,9 @@ def test_a_killed_run_is_resumed_and_predicts(tree: Path, suites: None, tmp_path
 
 # ------------------------------------------------------------------ in a copy of the collection, as a reader does it
 def page_commands() -> list[str]:
-    fenced = re.findall(r"^```\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    return [line for block in fenced for line in block.splitlines() if line.startswith("python ")]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    lines = [line for language, block in fenced if not language for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ")]
 
 
 @pytest.fixture(scope="module")

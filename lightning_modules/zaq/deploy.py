@@ -486,15 +486,15 @@ def _rounded_sums(graph_module: fx.GraphModule) -> list[RoundedSum]:
 def _align_scales(graph_module: fx.GraphModule) -> None:
     """Scales of what is added become short multiples of the scale of the sum, from the last sum to the first.
 
-    They change by less than a hundredth of a code of the sum over the whole range. An activation keeps its scale once
-    a later sum has settled it.
+    They change so little that the largest value moves by some hundredths of a code of the sum. An activation keeps its
+    scale once a later sum has settled it.
     """
     settled: set[IntegerActivation] = set()
     for rounded in reversed(_rounded_sums(graph_module)):
         of = rounded.target.scale
         settled.add(rounded.target)
-        # Quotients that grow by a unit, at most 1 each, still have to fit.
-        unit = _unit_of_sums(sum(float(grid.scale / of) for grid in rounded.grids) + 2)
+        # With room for what rounding adds to the quotients.
+        unit = _unit_of_sums(1.01 * sum(float(grid.scale / of) for grid in rounded.grids))
         for grid in rounded.grids:
             if grid not in settled:
                 grid.scale.copy_(_short_multiple(grid.scale, of, unit))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.checkpoint import ResumableCheckpoint
+from callbacks.checkpoint import AtomicCheckpointIO, ResumableCheckpoint
 from callbacks.loggers import MetricsFile, ResumableCSVLogger, RunWandbLogger
 from tests.callbacks.boring import BoringGAN, boring_trainer, loader, run_fresh
 from tests.wandb_file import WandbFile
@@ -264,6 +264,7 @@ def test_a_test_that_is_repeated_on_resume_is_not_doubled(tmp_path: Path) -> Non
             tmp_path,
             callbacks=[ResumableCheckpoint()],
             enable_checkpointing=True,
+            plugins=[AtomicCheckpointIO()],
             logger=ResumableCSVLogger(str(tmp_path)),
         )
         trainer.fit(BoringGAN(), loader(), ckpt_path=ckpt_path)

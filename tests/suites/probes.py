@@ -33,18 +33,22 @@ class StateDump(Callback):
 
 
 class SignalAt(Callback):
-    """Sends a signal to rank 0 at a certain batch, or at a certain call of a method of the module."""
+    """Sends a signal to a rank at a certain batch, or at a certain call of a method of the module."""
 
-    def __init__(self, name: str, batch: int = -1, method: str = "", call: int = 1) -> None:
+    def __init__(
+        self, name: str, batch: int = -1, method: str = "", call: int = 1, rank: int = 0
+    ) -> None:
         self.number = signal.Signals[name]
         self.batch = batch
         self.method = method
         self.call = call
+        self.rank = rank
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero and trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+        here = trainer.global_rank == self.rank
+        if here and trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
             os.kill(os.getpid(), self.number)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,7 +58,7 @@ def test_the_phase_and_the_requests_are_functions_of_the_epoch() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"joint_epochs": 0}, "joint_epochs must be at least 1"),
+        ({"joint_epochs": 0}, "joint_epochs=0 must be at least 1"),
         ({"rounds": 0}, "at least 1"),
         ({"acceptance": 1.0}, r"in \(0, 1\), not 1.0"),
         ({"decision_score": "best"}, "unknown decision_score='best'"),
