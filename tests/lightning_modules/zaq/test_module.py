@@ -12,7 +12,7 @@ from callbacks.layer_weights import EMALayerWeights
 from datamodules.classification import ClassificationDataModule
 from lightning_modules.zaq import ZAQ
 from lightning_modules.zaq.attach import activation_quantizers, calibrate, named_ranges
-from lightning_modules.zaq.module import Baseline
+from lightning_modules.zaq.methods import Baseline
 from tests.callbacks.boring import boring_trainer
 
 SMALL: dict[str, Any] = {
