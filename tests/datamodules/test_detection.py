@@ -172,6 +172,21 @@ def test_voc_has_its_boxes_classes_and_difficult_objects(voc_root: Path) -> None
         assert bright.amin(0).tolist() == pytest.approx([y0, x0], abs=1)
 
 
+def test_pictures_without_any_object_are_refused(voc_root: Path) -> None:
+    base = voc_root / "VOCdevkit" / "VOC2012"
+    hard = ("person", [3, 3, 14, 17], True)
+    for name in ("b0", "b1"):
+        save_voc(base, name, (40, 60), [hard])
+    with pytest.raises(ValueError, match=r"3 pictures of voc2012 test have no object that is not"):
+        ready("test", dataset="voc2012", root=str(voc_root))
+
+
+def test_without_training_images_nothing_but_the_test_set_is_read(voc_root: Path) -> None:
+    data = ready("fit", dataset="voc2012", root=str(voc_root), training_images=False)
+    assert (data.train, data.val, data.val_dataloader()) == (None, None, [])
+    assert len(everything(data.test)["path"]) == 3
+
+
 def test_squeezing_keeps_every_iou(voc_root: Path) -> None:
     base = voc_root / "VOCdevkit" / "VOC2012"
     boxes = [[3, 5, 40, 33], [10, 2, 51, 30]]

@@ -257,6 +257,7 @@ ALL = [
             "model.bns_weight": 0.0,
             "model.generator_batch": "global",
         },
+        rounding=GAME,
         batches=(2, 8),
         slow=True,
     ),

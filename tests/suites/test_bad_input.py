@@ -141,10 +141,8 @@ def test_quantization_argument(extra: list[str], expected: list[str], tmp_path: 
     ("extra", "expected"),
     [
         (["--model.baselines", "[rq, gdfq]"], ["no gdfq here", "--model.baselines"]),
-        (["--model.teacher", "CLASSIFIER"], ["holds a Classifier", "ZAQDetection", "a Detector"]),
-        (["--data", "ClassificationDataModule", "--model.image_size", "16"], ["boxes", "label"]),
         (["--model.num_classes", "3"], ["num_classes=3", "2 classes"]),
-        (["--model.taps", "[backbone.features]"], ["backbone.features", "--model.taps"]),
+        (["--model.taps", "[backbone.features]"], ["no tap", "backbone.features.9"]),
         (["--data.training_images", "false"], ["--model.teacher"]),
         (["--data.dataset", "voc2012", "--data.root", "/nowhere"], ["/nowhere", "--data.root"]),
     ],
