@@ -391,9 +391,11 @@ class Row:
 
     @property
     def measured_text(self) -> str:
-        """The sentence with the numbers collected, or that there are none."""
-        if not (RESULTS / f"{self.experiment}.json").exists():
-            return "not collected"
+        """The sentence with the numbers collected, or which runs are not."""
+        named = [self.experiment, *(m["experiment"] for m in _PLACE.finditer(self.measured))]
+        missing = [e for e in dict.fromkeys(named) if e and not (RESULTS / f"{e}.json").exists()]
+        if missing:
+            return f"not collected: {', '.join(missing)}"
         sentence = filled_in(self.measured, self.experiment)
         return f"{sentence}. {_capital(circumstances(load(self.experiment)))}"
 

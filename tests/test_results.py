@@ -209,3 +209,11 @@ def test_a_picture_is_framed(tmp_path: Path) -> None:
         with Image.open(framed) as picture:
             assert picture.size == (800, height)
             assert picture.convert("RGB").getpixel((400, height // 2)) == (200, 0, 0)
+
+
+def test_a_row_waits_for_all_of_its_runs(folder: Path) -> None:
+    folder.parent.joinpath("results").mkdir()
+    row = next(row for row in rows() if row.folders == ["opgan"])
+    assert row.measured_text == "not collected: opgan-shapes, opgan-shapes-cyclegan"
+    (results.RESULTS / "opgan-shapes.json").write_text("{}")
+    assert row.measured_text == "not collected: opgan-shapes-cyclegan"
