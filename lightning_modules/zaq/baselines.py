@@ -172,13 +172,32 @@ def aciq(
     overrides = {name: b for name, b in quantizer.overrides.items() if name not in layers}
     no_rounding = {"weight_bits": None, "first_bits": None, "last_bits": None}
     quantized = quantizer.attach(rounded, width, overrides=overrides, **no_rounding)
+    return set_clipping_ranges(network, quantized, shape)
+
+
+def set_clipping_ranges(
+    network: nn.Module, quantized: fx.GraphModule, shape: tuple[int, ...]
+) -> fx.GraphModule:
+    """Gives a quantized copy ACIQ's activation ranges, from the batch norms of the float network alone.
+
+    Args:
+        network: float.
+        quantized: its copy, changed in place.
+        shape: of an image [C, H, W].
+
+    Returns:
+        The copy in evaluation mode; its ranges are frozen.
+
+    Raises:
+        ValueError: a network without batch norms.
+    """
     quantizers = activation_quantizers(quantized)
     ranges = activation_ranges(network)
     for name, (moments, cap) in relu_inputs(network).items():
-        channels = ChannelMoments(*(torch.atleast_1d(value) for value in moments))
-        statistics = rectified_statistics(channels, cap=cap)
-        bits = quantizers[name].bits if name in quantizers else width.activations
-        ranges[name] = aciq_clip_range(statistics, bits, positive=True)
+        if name in quantizers:
+            channels = ChannelMoments(*(torch.atleast_1d(value) for value in moments))
+            statistics = rectified_statistics(channels, cap=cap)
+            ranges[name] = aciq_clip_range(statistics, quantizers[name].bits, positive=True)
     return _with_ranges(quantized, ranges, shape)
 
 

@@ -115,8 +115,7 @@ class ComparedMethods(QuantizationGame):
         return all(q.has_range for q in activation_quantizers(networks[key]).values())
 
     def _networks_to_compare(self) -> dict[str, nn.Module]:
-        hp, network = self.hp, self.float_network
-        shape = (hp.in_channels, hp.image_size, hp.image_size)
+        network, shape = self.float_network, self.image_shape
         free: dict[str, Callable[[Width], nn.Module]] = {
             "rq": lambda width: round_to_nearest(network, width, self.quantizer, shape),
             "dfq": lambda width: dfq(network, width, self.quantizer, shape),

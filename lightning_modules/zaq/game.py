@@ -38,7 +38,12 @@ from lightning_modules.zaq.attach import (
     forward_with_features,
     observe_ranges,
 )
-from lightning_modules.zaq.baselines import Quantizer, has_batch_norms, parse_width
+from lightning_modules.zaq.baselines import (
+    Quantizer,
+    has_batch_norms,
+    parse_width,
+    set_clipping_ranges,
+)
 from lightning_modules.zaq.generators import ZAQGenerator
 from lightning_modules.zaq.layer_weights import LayerWeightEMA
 from lightning_modules.zaq.losses import (
@@ -104,6 +109,9 @@ class QuantizationGame(AdversarialModule):
         observer: how ranges follow the batches of what is trained, GDFQ too (whose released code takes ``ema``), see
             :class:`~lightning_modules.zaq.observers.ActivationQuantizer`.
         percentile: of the observer of that name.
+        range_source: the activation ranges of ZAQ's Q are those of ``generated`` images (released code), or follow from
+            P's ``batch_norms`` as in ACIQ and never move: a generator that is hardly trained, as in a short game or
+            before a deep network, shows Q activations that real images do not have.
         placement: activations are rounded after ReLUs (``relu``, released code) or everywhere (``full``: what integer
             kernels need).
         symmetric: weight codes around 0.
@@ -166,6 +174,7 @@ class QuantizationGame(AdversarialModule):
         generator_batch: Literal["local", "global"] = "local",
         observer: Observer = "minmax",
         percentile: float = 99.99,
+        range_source: Literal["generated", "batch_norms"] = "generated",
         placement: Placement = "relu",
         symmetric: bool = False,
         per_channel: bool = True,
@@ -276,10 +285,13 @@ class QuantizationGame(AdversarialModule):
         lost = [name for name in NEED_BATCH_NORMS if name in self.hp.baselines]
         if self.setting("bns_weight"):
             lost.append("bns_weight")
+        if self.hp.range_source == "batch_norms":
+            lost.append("range_source=batch_norms")
         if lost:
             raise ValueError(
                 f"{', '.join(lost)} would learn from the batch norms of P, and it has none with running statistics; "
-                "leave them out of --model.baselines and set --model.bns_weight 0, or take another network"
+                "leave them out of --model.baselines and set --model.bns_weight 0 and --model.range_source generated, "
+                "or take another network"
             )
 
     def _chosen_taps(self) -> tuple[str, ...]:
@@ -510,10 +522,22 @@ class QuantizationGame(AdversarialModule):
         """A stage begins with P's weights and statistics."""
         stage = self.stage
         if self.current_epoch == stage.start:
-            student = self.students[stage.key]
+            student = cast(fx.GraphModule, self.students[stage.key])
             state = self.float_network.state_dict()
             student.load_state_dict(state, strict=False)
-            observe_ranges(student)
+            if self._ranges_are_given:
+                set_clipping_ranges(self.float_network, student, self.image_shape)
+            else:
+                observe_ranges(student)
+
+    @property
+    def _ranges_are_given(self) -> bool:
+        return self.stage.method == "zaq" and self.hp.range_source == "batch_norms"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image [C, H, W]."""
+        return self.hp.in_channels, self.hp.image_size, self.hp.image_size
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One batch of the current method; unless it learns from real images it holds ``index`` alone."""
@@ -597,7 +621,7 @@ class QuantizationGame(AdversarialModule):
             self._distilled = distill_data(
                 self.float_network,
                 hp.zeroq_images,
-                (hp.in_channels, hp.image_size, hp.image_size),
+                self.image_shape,
                 hp.zeroq_steps,
                 device=self.device,
                 progress=self.trainer.is_global_zero,
@@ -618,6 +642,8 @@ class QuantizationGame(AdversarialModule):
             )
 
     def _observes(self) -> bool:
+        if self._ranges_are_given:
+            return False
         epochs = self.setting("range_epochs")
         return not epochs or self.current_epoch - self.stage.start < epochs
 

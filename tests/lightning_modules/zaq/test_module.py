@@ -12,6 +12,7 @@ from callbacks.layer_weights import EMALayerWeights
 from datamodules.classification import ClassificationDataModule
 from lightning_modules.zaq import ZAQ
 from lightning_modules.zaq.attach import activation_quantizers, calibrate, named_ranges
+from lightning_modules.zaq.baselines import aciq
 from lightning_modules.zaq.methods import Baseline
 from tests.callbacks.boring import boring_trainer
 
@@ -206,6 +207,13 @@ def test_ranges_freeze_after_their_epochs(tmp_path: Path) -> None:
     assert all(torch.equal(ends[1][k], ends[2][k]) for k in ends[1])
 
 
+def test_ranges_of_batch_norms_are_those_of_aciq_and_stay(tmp_path: Path) -> None:
+    zaq = module(epochs=2, range_source="batch_norms")
+    fit(zaq, tmp_path)
+    of_aciq = aciq(zaq.float_network, zaq.widths[0], zaq.quantizer, zaq.image_shape)
+    assert named_ranges(zaq.students["zaq_W4A4"]) == named_ranges(of_aciq)
+
+
 @pytest.mark.parametrize("mode", ["frozen", "train"])
 def test_batch_norm_mode(mode: str, tmp_path: Path) -> None:
     zaq = module(epochs=1, bn_mode=mode)
@@ -316,6 +324,10 @@ def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
         ({"taps": ["stage"]}, "no tap 'stage'"),
         ({"norm": "group", "baselines": ["gdfq"], "bns_weight": 0.0}, "gdfq would learn"),
         ({"norm": "group"}, "bns_weight would learn"),
+        (
+            {"norm": "group", "bns_weight": 0.0, "range_source": "batch_norms"},
+            "range_source=batch_norms would learn",
+        ),
         ({"network": "vgg11_bn"}, "--model.taps"),
         ({"q_steps": 0}, "q_steps=0"),
         ({"alpha": -1.0}, "alpha=-1"),
