@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from tests.suites.launch import TIME_LIMIT, run, start
+from tests.suites.launch import TIME_LIMIT, probe, run, start
 from tests.suites.members import MEMBERS, Member
-from tests.suites.test_resume import SIGKILL, arguments, assert_equal, outcome, probing, train
+from tests.suites.test_resume import SIGKILL, arguments, assert_equal, outcome, train
 
 FAULTS = ("SIGKILL", "damaged checkpoint", "full disk", "NaN in a batch")
 
@@ -101,8 +101,8 @@ def damaged(member: Member, expected: Any, killed: Path, folder: Path, how: str,
 
 def full_disk(member: Member, expected: Any, folder: Path) -> None:
     """Full for as long as the second checkpoint is due and until some batches later."""
-    probe = probing("FullDisk", "first=4", f"last={member.batches[1]}")
-    process = start(arguments(member, folder, *probe), folder / "full.txt")
+    fault = probe("FullDisk", first=4, last=member.batches[1])
+    process = start(arguments(member, folder, *fault), folder / "full.txt")
     process.join(TIME_LIMIT)
     text = (folder / "full.txt").read_text()
     assert "could not be written (No space left on device)" in text, text[-1000:]
@@ -117,8 +117,8 @@ def full_disk(member: Member, expected: Any, folder: Path) -> None:
 def poisoned(member: Member, expected: Any, folder: Path) -> None:
     # ZAQ looks at no data.
     draws = str(member.name == "zaq").lower()
-    probe = probing("Poison", f"batch={member.batches[1]}", f"draws={draws}")
-    text = train(member, folder, *probe, expect=1, log="poisoned.txt")
+    fault = probe("Poison", batch=member.batches[1], draws=draws)
+    text = train(member, folder, *fault, expect=1, log="poisoned.txt")
     for part in ("nan", "batch", "last good checkpoint is"):
         assert part in text, f"{part!r} is not in: {text[-1000:]}"
     train(member, folder)
@@ -138,8 +138,8 @@ def campaign(member: Member, number: int, seed: int, folder: Path) -> dict[str, 
         print(f"{member.name}, {fault}: {counts[fault]}", file=sys.stderr, flush=True)
 
     attempt("SIGKILL", number, kills, folder / "kills", number, seconds, seed)
-    probe = probing("SignalAt", "name=SIGKILL", f"batch={member.batches[1]}")
-    train(member, folder / "killed", *probe, expect=SIGKILL)
+    kill = probe("SignalAt", name="SIGKILL", batch=member.batches[1])
+    train(member, folder / "killed", *kill, expect=SIGKILL)
     for how in ("cut short", "emptied", "one byte changed"):
         attempt("damaged checkpoint", 1, damaged, folder / "killed", folder / how, how, seed)
     attempt("full disk", 1, full_disk, folder / "full")

@@ -38,6 +38,14 @@ def _child(
         train.main(arguments)
 
 
+def probe(kind: str, **options: object) -> list[str]:
+    """Arguments that add a callback of :mod:`tests.suites.probes`."""
+    arguments = ["--trainer.callbacks+", f"tests.suites.probes.{kind}"]
+    for key, value in options.items():
+        arguments += [f"--trainer.callbacks.{key}", str(value)]
+    return arguments
+
+
 def start(
     arguments: list[str],
     log: Path,

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Listener, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tests.suites.launch import ROOT, TIME_LIMIT, start
+from tests.suites.members import Member
 
 # What lies on PATH only carries the command here, so that torch is not imported anew for every task.
 CARRIER = """#!{python} -SE
@@ -22,6 +23,14 @@ with Client({address!r}, "AF_UNIX") as scheduler:
     scheduler.send(sys.argv)
     sys.exit(scheduler.recv())
 """
+
+
+TWO_NODES: dict[str, object] = {
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 2,
+    "trainer.strategy": "ddp_find_unused_parameters_true",
+}
 
 
 def free_port() -> int:
@@ -48,6 +57,50 @@ def task_environment(rank: int, nodes: int, per_node: int, port: int, job: int) 
         "MASTER_ADDR": "127.0.0.1",  # a cluster's own resolution of node names is not pretended
         "MASTER_PORT": str(port),
     }
+
+
+def two_nodes(
+    member: Member,
+    folder: Path,
+    *arguments: str,
+    second: tuple[str, ...] = (),
+    overrides: dict[str, object] = TWO_NODES,
+    elsewhere: Path = ROOT,
+    limit: float = TIME_LIMIT,
+) -> tuple[list[int | None], list[str], float]:
+    """Two tasks of a pretended srun on two nodes.
+
+    Args:
+        member: what they train.
+        folder: for the run and the logs.
+        arguments: of both tasks.
+        second: further ones of rank 1.
+        overrides: of the recipe.
+        elsewhere: where rank 1 runs.
+        limit: seconds.
+
+    Returns:
+        Exit codes, None for one that had to be killed; what was printed; the seconds from one's end to the other's.
+    """
+    port, tasks = free_port(), []
+    recipe = member.arguments(overrides)
+    recipe[1] = str(ROOT / recipe[1])
+    for rank in (0, 1):
+        command = ["fit", *recipe, "--run.root", str(folder), "--run.name", "run", *arguments]
+        command += second if rank else ()
+        variables = task_environment(rank, 2, 1, port, 4711)
+        log = folder / f"rank-{rank}.txt"
+        tasks.append(start(command, log, variables, elsewhere if rank else ROOT))
+    wait([task.sentinel for task in tasks], limit)
+    first = time.monotonic()
+    for task in tasks:
+        task.join(limit)
+    codes = [task.exitcode for task in tasks]
+    took = time.monotonic() - first
+    for task in tasks:
+        task.kill()
+        task.join()
+    return codes, [(folder / f"rank-{rank}.txt").read_text() for rank in (0, 1)], took
 
 
 @dataclass

@@ -6,77 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from multiprocessing.connection import wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.suites.launch import ROOT, TIME_LIMIT, run, start
+from tests.suites.launch import ROOT, TIME_LIMIT, probe, run
 from tests.suites.members import MEMBERS
-from tests.suites.scheduler import Scheduler, free_port, task_environment
+from tests.suites.scheduler import TWO_NODES, Scheduler, free_port, two_nodes
 from tests.suites.test_resume import assert_equal
 
 MEMBER = next(member for member in MEMBERS if member.name == "supervised")
-TWO_NODES: dict[str, object] = {
-    "trainer.accelerator": "cpu",
-    "trainer.devices": 1,
-    "trainer.num_nodes": 2,
-    "trainer.strategy": "ddp_find_unused_parameters_true",
-}
 HERE = socket.gethostname()
-
-
-def probe(kind: str, **options: object) -> list[str]:
-    """Arguments that add a probe."""
-    arguments = ["--trainer.callbacks+", f"tests.suites.probes.{kind}"]
-    for key, value in options.items():
-        arguments += [f"--trainer.callbacks.{key}", str(value)]
-    return arguments
-
-
-def two_tasks(
-    folder: Path,
-    *arguments: str,
-    second: tuple[str, ...] = (),
-    overrides: dict[str, object] = TWO_NODES,
-    elsewhere: Path = ROOT,
-    limit: float = TIME_LIMIT,
-) -> tuple[list[int | None], list[str], float]:
-    """Two tasks of a pretended srun on two nodes.
-
-    Args:
-        folder: for the run and the logs.
-        arguments: of both tasks.
-        second: further ones of rank 1.
-        overrides: of the recipe.
-        elsewhere: where rank 1 runs.
-        limit: seconds.
-
-    Returns:
-        Exit codes, None for one that had to be killed; what was printed; the seconds from one's end to the other's.
-    """
-    port, tasks = free_port(), []
-    recipe = MEMBER.arguments(overrides)
-    recipe[1] = str(ROOT / recipe[1])
-    for rank in (0, 1):
-        command = ["fit", *recipe, "--run.root", str(folder), "--run.name", "run", *arguments]
-        command += second if rank else ()
-        variables = task_environment(rank, 2, 1, port, 4711)
-        log = folder / f"rank-{rank}.txt"
-        tasks.append(start(command, log, variables, elsewhere if rank else ROOT))
-    wait([task.sentinel for task in tasks], limit)
-    first = time.monotonic()
-    for task in tasks:
-        task.join(limit)
-    codes = [task.exitcode for task in tasks]
-    took = time.monotonic() - first
-    for task in tasks:
-        task.kill()
-        task.join()
-    return codes, [(folder / f"rank-{rank}.txt").read_text() for rank in (0, 1)], took
+two_tasks = partial(two_nodes, MEMBER)
 
 
 def errors(texts: list[str]) -> list[list[str]]:

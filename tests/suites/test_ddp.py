@@ -1,16 +1,15 @@
 """Two processes with half the batch each follow one process with the whole batch."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.suites.launch import TIME_LIMIT, run
+from tests.suites.launch import probe, run
 from tests.suites.members import ANALYSES, CASES, MEMBERS, Member
+from tests.suites.scheduler import two_nodes
 
 ROOT = Path(__file__).parents[2]
 TWO = {
@@ -31,11 +30,9 @@ def train(
     """Trains all phases and returns what each rank ended with."""
     base = member.parity if parity else {}
     arguments = ["fit", *member.arguments(base, *overrides), *run_options(folder)]
-    arguments += ["--trainer.callbacks+", "tests.suites.probes.StateDump"]
-    arguments += ["--trainer.callbacks.folder", str(folder / "dump")]
+    arguments += probe("StateDump", folder=folder / "dump")
     if trap:
-        arguments += ["--trainer.callbacks+", "tests.suites.probes.Trap"]
-        arguments += ["--trainer.callbacks.name", trap]
+        arguments += probe("Trap", name=trap)
     run(arguments, folder / "log.txt")
     return [torch.load(path, weights_only=True) for path in sorted((folder / "dump").glob("*.pt"))]
 
@@ -75,24 +72,10 @@ def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     assert largest_difference(first, second) == 0
 
     stopped = tmp_path / "stopped"
-    probe = [
-        "--trainer.callbacks+",
-        "tests.suites.probes.SignalAt",
-        "--trainer.callbacks.name",
-        "SIGTERM",
-    ]
-    probe += ["--trainer.callbacks.batch", str(member.batches[0] - 1)]
-    # Lightning launches these as real processes, as on a cluster; only rank 0 gets the signal.
-    launched = {**TWO, "trainer.strategy": "ddp_find_unused_parameters_true"}
-    arguments = ["fit", *member.arguments(launched), *run_options(stopped), *probe]
-    process = subprocess.run(
-        [sys.executable, "train.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT,
-    )
-    assert process.returncode == 75, process.stderr[-3000:]
+    # Processes of their own, as on a cluster; only rank 0 gets the signal.
+    stop = probe("SignalAt", name="SIGTERM", batch=member.batches[0] - 1)
+    codes, texts, _ = two_nodes(member, stopped, "--run.test", "false", *stop)
+    assert codes == [75, 75], texts
     resumed, other = train(member, stopped, TWO, {"run.resume": "true"}, parity=False)
     assert largest_difference(resumed, other) == 0
     assert largest_difference(first, resumed) == 0

@@ -7,29 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.suites.launch import run
+from tests.suites.launch import probe, run
 from tests.suites.members import CASES, MEMBERS, Member
 
 SIGKILL = -9
 PREEMPTED = 75
 
 
-def arguments(member: Member, root: Path, *probe: str) -> list[str]:
+def arguments(member: Member, root: Path, *more: str) -> list[str]:
     """Of the run ``root/EXPERIMENT/run``, continued where there is one."""
     found = ["fit", *member.arguments(), "--run.root", str(root), "--run.name", "run"]
     found += ["--run.resume", "true", "--checkpoint.every_n_batches", "3"]
-    found += ["--trainer.callbacks+", "tests.suites.probes.StateDump"]
-    return [*found, "--trainer.callbacks.folder", str(root / "dump"), *probe]
+    return [*found, *probe("StateDump", folder=root / "dump"), *more]
 
 
-def probing(name: str, *options: str) -> list[str]:
-    """Arguments that add a callback of :mod:`tests.suites.probes`."""
-    options = tuple(f"--trainer.callbacks.{option}" for option in options)
-    return ["--trainer.callbacks+", f"tests.suites.probes.{name}", *options]
-
-
-def train(member: Member, root: Path, *probe: str, expect: int = 0, log: str = "log.txt") -> str:
-    return run(arguments(member, root, *probe), root / log, expect)
+def train(member: Member, root: Path, *more: str, expect: int = 0, log: str = "log.txt") -> str:
+    return run(arguments(member, root, *more), root / log, expect)
 
 
 def outcome(root: Path) -> dict[str, Any]:
@@ -75,11 +68,11 @@ def test_sigkill(uninterrupted: Any, where: str, tmp_path: Path) -> None:
     if where == "between phases":
         if member.boundary is None:
             pytest.skip(f"{member.name} does nothing between phases")
-        probe = [f"method={member.boundary}", "call=2"]
+        moment = {"method": member.boundary, "call": 2}
     else:
-        probe = [f"batch={member.batches[where == 'last phase']}"]
-    probe = probing("SignalAt", "name=SIGKILL", *probe)
-    train(member, tmp_path, *probe, expect=SIGKILL, log="killed.txt")
+        moment = {"batch": member.batches[where == "last phase"]}
+    kill = probe("SignalAt", name="SIGKILL", **moment)
+    train(member, tmp_path, *kill, expect=SIGKILL, log="killed.txt")
     train(member, tmp_path)
     assert_equal(outcome(tmp_path), expected)
 
@@ -93,8 +86,8 @@ def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
 ) -> None:
     """Manual and automatic optimisation; a byte of a tensor is changed, which torch would not notice."""
     member, expected = uninterrupted
-    probe = probing("Poison", f"batch={member.batches[1]}")
-    text = train(member, tmp_path, *probe, expect=1, log="poisoned.txt")
+    poison = probe("Poison", batch=member.batches[1])
+    text = train(member, tmp_path, *poison, expect=1, log="poisoned.txt")
     (newest,) = tmp_path.glob("*/run/checkpoints/last.ckpt")
     error = text[text.index("error: ") :]
     for part in ("= nan", "epoch ", "batch ", f"the last good checkpoint is {newest}"):
@@ -109,12 +102,12 @@ def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
     assert_equal(outcome(tmp_path), expected)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_preemption_loses_nothing(uninterrupted: Any, name: str, tmp_path: Path) -> None:
+def test_preemption_loses_nothing(uninterrupted: Any, tmp_path: Path) -> None:
+    """SIGUSR1; what SIGTERM does to the same members is in tests/suites/test_ddp.py."""
     member, expected = uninterrupted
-    batch = member.batches[0] - 1
-    probe = probing("SignalAt", f"name={name}", f"batch={batch}")
-    text = train(member, tmp_path, *probe, expect=PREEMPTED, log="preempted.txt")
+    name, batch = "SIGUSR1", member.batches[0] - 1
+    stop = probe("SignalAt", name=name, batch=batch)
+    text = train(member, tmp_path, *stop, expect=PREEMPTED, log="preempted.txt")
     assert name in text
     assert "--run.resume true" in text
     (checkpoint,) = tmp_path.glob("*/run/checkpoints/last.ckpt")
@@ -127,7 +120,7 @@ def test_preemption_between_phases(uninterrupted: Any, tmp_path: Path) -> None:
     member, expected = uninterrupted
     if member.boundary is None:
         pytest.skip(f"{member.name} does nothing between phases")
-    probe = probing("SignalAt", "name=SIGTERM", f"method={member.boundary}", "call=1")
-    train(member, tmp_path, *probe, expect=PREEMPTED, log="preempted.txt")
+    stop = probe("SignalAt", name="SIGTERM", method=member.boundary, call=1)
+    train(member, tmp_path, *stop, expect=PREEMPTED, log="preempted.txt")
     train(member, tmp_path)
     assert_equal(outcome(tmp_path), expected)
