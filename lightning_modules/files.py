@@ -131,9 +131,10 @@ def read_array(path: str | Path, what: str = "array") -> np.ndarray[Any, Any]:
         wanted = _demanded(path)
         if wanted:
             raise UnreadableError(_refusal(path, what, wanted)) from error
-        raise UnreadableError(
-            f"{path} is not a readable {what}: it is empty, cut short or no .npy file"
-        ) from error
+        damage = "it is empty, cut short or no .npy file"
+        if "object" in str(error).lower():
+            damage = "it holds Python objects, which only running its code would bring back"
+        raise UnreadableError(f"{path} is not a readable {what}: {damage}") from error
     if not isinstance(found, np.ndarray):
         raise UnreadableError(f"{path} is not a readable {what}: it holds a {type(found).__name__}")
     return found

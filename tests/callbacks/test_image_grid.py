@@ -71,8 +71,8 @@ def test_draws_every_n_epochs_and_tells_the_loggers(tmp_path: Path) -> None:
     files = sorted((tmp_path / "images").iterdir())
     assert [file.name for file in files] == ["grid-1.png", "grid-3.png"]
     assert logger.received == [
-        ("images/grid", [str(files[0])], 8),
-        ("images/grid", [str(files[1])], 16),
+        ("images/grid", [str(files[0])], 7),
+        ("images/grid", [str(files[1])], 15),
     ]
     # Three columns and two rows of 48 pixels, with the titles in the margin on the left.
     width, height = Image.open(files[0]).size

@@ -275,8 +275,14 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     torch.save(SimpleNamespace(a=1), tmp_path / "a.pt")
     (tmp_path / "a.pth").write_bytes(b"nothing")
     (tmp_path / "pickled.npy").write_bytes(pickle.dumps(random_features(3)))
-    for name in ("a.npy", "pickled.npy", "a.pt", "a.pth"):
-        with pytest.raises(RuntimeError, match=rf"{name} cannot be read \(.+\); save one array"):
+    for name, reason in (
+        ("a.npy", "it holds Python objects"),
+        ("pickled.npy", "it holds Python objects"),
+        ("a.pt", "it is a pickle that would have Python run types.SimpleNamespace"),
+        ("a.pth", "it is damaged"),
+    ):
+        refused = rf"{name} is not a readable file of features: {reason}.*; save one array"
+        with pytest.raises(RuntimeError, match=refused):
             RealFakeDataModule(str(tmp_path / name)).prepare_data()
 
 

@@ -393,11 +393,13 @@ class TestTorchvision:
     @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", "list", "other network"])
     def test_wrong_file_is_named(self, content: bytes | str, tmp_path: Path) -> None:
         file = tmp_path / "wrong.pth"
+        wrong = "does not hold the weights of resnet18"
         if isinstance(content, bytes):
             file.write_bytes(content)
+            wrong = "is not a readable file of the weights of resnet18"
         else:
             torch.save([1, 2] if content == "list" else nn.Linear(2, 2).state_dict(), file)
-        with pytest.raises(RuntimeError, match=r"wrong\.pth does not hold the weights of resnet18"):
+        with pytest.raises(RuntimeError, match=rf"wrong\.pth {wrong}"):
             TorchvisionFeatures("resnet18", str(file))
 
     def test_runs_no_code_of_a_file(self, tmp_path: Path) -> None:
