@@ -382,6 +382,7 @@ class Row:
     picture: str
     caption: str
     crop: int | None = None
+    before: str = ""
 
     @property
     def experiment(self) -> str:
@@ -391,11 +392,12 @@ class Row:
 
     @property
     def measured_text(self) -> str:
-        """The sentence with the numbers collected, or which runs are not."""
+        """The sentence with the numbers collected; without them what was measured before, and what is missing."""
         named = [self.experiment, *(m["experiment"] for m in _PLACE.finditer(self.measured))]
         missing = [e for e in dict.fromkeys(named) if e and not (RESULTS / f"{e}.json").exists()]
         if missing:
-            return f"not collected: {', '.join(missing)}"
+            lacking = f"not collected: {', '.join(missing)}"
+            return f"{self.before}. Of an earlier revision; {lacking}" if self.before else lacking
         sentence = filled_in(self.measured, self.experiment)
         return f"{sentence}. {_capital(circumstances(load(self.experiment)))}"
 
