@@ -86,6 +86,7 @@ ALL = [
     Member(
         "osrci",
         "configs/osrci/digits.yaml",
+        "tests/suites/quick_open_set.yaml",
         tiny={
             "data.batch_size": 16,
             "data.train_limit": 10,
