@@ -31,6 +31,8 @@ def run_directory(trainer: Trainer) -> Path:
 def batch_count(trainer: Trainer) -> int:
     """Number of the batch, from 0, whatever the number of optimizers: the x axis Lightning gives to its loggers."""
     loop = trainer.fit_loop.epoch_loop
+    if trainer.state.fn != "fit":
+        return loop._batches_that_stepped
     # Lightning logs what belongs to an epoch at its last batch, but counts that one before it calls the callbacks.
     return min(loop._batches_that_stepped, max(loop.total_batch_idx, 0))
 

@@ -140,7 +140,7 @@ def test_every_picture_and_table_is_there(recorded: Recorded) -> None:
     drawn = {name: content for name, content in drawn.items() if name in _outside_wandb(recorded)}
     assert {caption: content for caption, (_, content) in pictures.items()} == drawn
     history = recorded.file.history
-    kinds = {(key, str(type(value))) for row in history for key, value in row.items()}
+    kinds = {(key, _kind(value)) for row in history for key, value in row.items()}
     assert len(kinds) == len({key for key, _ in kinds}), "a panel shows one kind of thing"
     for caption, (key, _) in pictures.items():
         assert caption.startswith(key.removeprefix("images/").replace("/", "-"))
@@ -154,6 +154,11 @@ def test_every_picture_and_table_is_there(recorded: Recorded) -> None:
         with path.open(newline="") as file:
             written.append([[_cell(value) for value in row] for row in csv.reader(file)])
     assert sorted(sent) == sorted(written)
+
+
+def _kind(value: Any) -> str:
+    """1.0 comes back as 1."""
+    return "number" if isinstance(value, int | float) else value["_type"]
 
 
 def _outside_wandb(recorded: Recorded) -> set[str]:
