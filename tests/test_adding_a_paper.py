@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -34,10 +33,9 @@ def write_files(tree: Path) -> None:
 
 # ------------------------------------------------------------------ on top of the collection that is loaded already
 def _child(tree: str, arguments: list[str], log: str) -> None:
-    os.chdir(tree)
     lightning_modules.__path__.append(f"{tree}/lightning_modules")
     importlib.import_module("lightning_modules.toy")  # as train.py does with every folder
-    launch._child(arguments, log, {})
+    launch._child(arguments, log, {}, tree)
 
 
 def run(tree: Path, arguments: list[str], log: Path, expect: int = 0) -> str:

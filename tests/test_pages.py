@@ -146,7 +146,9 @@ def commands(text: str) -> list[list[str]]:
             )
             if match:
                 arguments = shlex.split(match[1], comments=True)
-                found.append(["fit", *arguments] if ".sbatch " in line else arguments)
+                script = re.search(r"(\w+)\.sbatch ", line)
+                what = {"slurm": ["fit"], "slurm_array": ["sweep"]}
+                found.append([*what[script[1]], *arguments] if script else arguments)
     return found
 
 

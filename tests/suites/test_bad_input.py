@@ -163,7 +163,10 @@ def test_detector_quantization_argument(
         (["--model.generator", "resnet_0blocks"], ["resnet_0blocks", "resnet_9blocks"]),
         (["--model.grid", "1"], ["grid=1"]),
         (["--model.grid", "9"], ["--model.grid"]),
-        (["--model.channels_a", "1", "--model.channels_b", "1"], ["channels_a=1", "--model.channels_a 3"]),
+        (
+            ["--model.channels_a", "1", "--model.channels_b", "1"],
+            ["channels_a=1", "--model.channels_a 3"],
+        ),
         (["--data.shapes_b", "{domian: night}"], ["domian", "domain"]),
         (["--data.shapes_b", "{domain: day}"], ["shapes_b", "same"]),
         (["--data.batch_size", "50"], ["50", "--data.batch_size"]),
