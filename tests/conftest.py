@@ -28,13 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share an expensive preparation run in one worker: those of a file, but for the suites."""
+    """Tests that share an expensive preparation run in one worker: those of a file, in the suites those of a run."""
     for item in items:
         group = item.path.stem
         parameters = getattr(item, "callspec", None)
         if item.path.parent.name == "suites" and parameters is not None:
-            prepared = [parameters.params.get(name) for name in ("uninterrupted", "recorded")]
-            group = next((f"{group}/{member.name}" for member in prepared if member), item.nodeid)
+            member = parameters.params.get("recorded")
+            group = member.label if member else item.nodeid
         item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{group}"))
 
 

@@ -22,6 +22,7 @@ class Member:
             loss depends on is nothing else.
         boundary: method called once for each piece of work between two phases; a kill in its second call must be
             harmless.
+        phases: stretches of the training with updates of their own.
         batches: (in the first phase, in the last phase) batch counts at which a kill must be harmless.
         trains: False for an analysis, which ``train.py test`` runs.
         slow: left to ``make slow``; another member covers most of the same code.
@@ -34,6 +35,7 @@ class Member:
     parity: dict[str, object] = field(default_factory=dict)
     rounding: tuple[float, float] = (1e-9, 1e-12)
     boundary: str | None = None
+    phases: int = 1
     batches: tuple[int, int] = (2, 5)
     trains: bool = True
     slow: bool = False
@@ -108,6 +110,7 @@ ALL = [
             "model.gather_minibatch_feature": "true",
         },
         boundary="synthesize",
+        phases=2,
         batches=(2, 8),
     ),
     Member(
@@ -123,6 +126,7 @@ ALL = [
             "trainer.log_every_n_steps": 1,
         },
         parity={"model.norm": "group"},
+        phases=2,
         batches=(2, 8),
     ),
     Member(
@@ -224,6 +228,7 @@ ALL = [
             "model.bns_weight": 0.0,
             "model.generator_batch": "global",
         },
+        phases=6,
         batches=(2, 14),
     ),
     Member(
@@ -259,6 +264,7 @@ ALL = [
             "model.generator_batch": "global",
         },
         rounding=GAME,
+        phases=3,
         batches=(2, 8),
         slow=True,
     ),
@@ -295,6 +301,8 @@ ALL = [
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]
+# One with two optimizers and stages by hand, one with Lightning's automatic optimisation.
+QUICK = [member for member in MEMBERS if member.name in ("ognet", "supervised")]
 
 
 def cases(members: list[Member]) -> list[ParameterSet]:

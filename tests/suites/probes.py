@@ -33,22 +33,33 @@ class StateDump(Callback):
 
 
 class SignalAt(Callback):
-    """Sends a signal to a rank at a certain batch, or at a certain call of a method of the module."""
+    """Sends a signal to a rank at a certain batch, or at a certain call of a method of the module.
+
+    ``wait`` seconds pass before.
+    """
 
     def __init__(
-        self, name: str, batch: int = -1, method: str = "", call: int = 1, rank: int = 0
+        self,
+        name: str,
+        batch: int = -1,
+        method: str = "",
+        call: int = 1,
+        rank: int = 0,
+        wait: float = 0.0,
     ) -> None:
         self.number = signal.Signals[name]
         self.batch = batch
         self.method = method
         self.call = call
         self.rank = rank
+        self.wait = wait
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         here = trainer.global_rank == self.rank
         if here and trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            time.sleep(self.wait)
             os.kill(os.getpid(), self.number)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

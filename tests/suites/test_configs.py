@@ -1,5 +1,6 @@
 """Every recipe parses, and every one that needs no download trains and tests."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from wandb.sdk.launch.sweeps.utils import (
 
 from tests.suites.launch import run
 from tests.suites.members import ALL, ANALYSES, CASES, MEMBERS, Member
+from tests.suites.recorded import Recorded
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -39,22 +41,17 @@ def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.glob("*/*/*")], "a debug run leaves nothing behind"
 
 
-@pytest.mark.parametrize("member", CASES)
-def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", CASES, indirect=True)
+def test_checkpoint_alone(recorded: Recorded, tmp_path: Path) -> None:
     """fit, then test and predict on the checkpoint without a configuration; the numbers are the same."""
-    root = ["--run.root", str(tmp_path)]
-    run(["fit", *member.arguments(), *root, "--run.name", "a"], tmp_path / "fit.txt")
-    (trained,) = tmp_path.glob("*/a")
+    root, trained = ["--run.root", str(tmp_path)], recorded.directory
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
     run(["test", "--ckpt_path", checkpoint, *root], tmp_path / "test.txt")
     (tested,) = tmp_path.glob("*/test-000")
+    results = recorded.results, json.loads((tested / "results.json").read_text())
     first, second = (
-        {
-            k: v
-            for k, v in yaml.safe_load((d / "results.json").read_text())["metrics"].items()
-            if k[:5] == "test/"
-        }
-        for d in (trained, tested)
+        {key: value for key, value in result["metrics"].items() if key.startswith("test/")}
+        for result in results
     )
     assert first
     assert first == second
@@ -62,16 +59,14 @@ def test_checkpoint_alone(member: Member, tmp_path: Path) -> None:
     assert recipes[0]["trainer"]["callbacks"] == recipes[1]["trainer"]["callbacks"]
     assert recipes[0]["model"] == recipes[1]["model"]
     run(["predict", "--ckpt_path", checkpoint, *root], tmp_path / "predict.txt")
-    assert (tmp_path / trained.parent.name / "predict-000" / "predictions.csv").exists()
+    assert (tested.parent / "predict-000" / "predictions.csv").exists()
 
 
-@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.label)
-def test_an_analysis_runs(member: Member, tmp_path: Path) -> None:
-    run(["test", *member.arguments(), "--run.root", str(tmp_path)], tmp_path / "log.txt")
-    (directory,) = tmp_path.glob("*/test-000")
-    results = yaml.safe_load((directory / "results.json").read_text())
-    assert results["metrics"]
-    assert results["data"]
+@pytest.mark.parametrize("recorded", ANALYSES, indirect=True, ids=lambda member: member.label)
+def test_an_analysis_runs(recorded: Recorded) -> None:
+    assert recorded.directory.name == "test-run"
+    assert recorded.results["metrics"]
+    assert recorded.results["data"]
 
 
 def test_members_have_their_recipe() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tests.suites.launch import probe, run
 from tests.suites.members import ANALYSES, CASES, MEMBERS, Member
+from tests.suites.recorded import Recorded
 from tests.suites.scheduler import two_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -81,13 +82,15 @@ def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     assert largest_difference(first, resumed) == 0
 
 
-@pytest.mark.parametrize("member", ANALYSES, ids=lambda member: member.label)
-def test_an_analysis_is_the_same_on_any_number_of_processes(member: Member, tmp_path: Path) -> None:
-    results = []
-    for processes in (1, 2, 4):
+@pytest.mark.parametrize("recorded", ANALYSES, indirect=True, ids=lambda member: member.label)
+def test_an_analysis_is_the_same_on_any_number_of_processes(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    results = [recorded.results]
+    for processes in (2, 4):
         folder = tmp_path / str(processes)
-        spread = {**TWO, "trainer.devices": processes} if processes > 1 else {}
-        arguments = ["test", *member.arguments(spread), "--run.root", str(folder)]
+        spread = {**TWO, "trainer.devices": processes}
+        arguments = ["test", *recorded.member.arguments(spread), "--run.root", str(folder)]
         run([*arguments, "--run.name", "run"], folder / "log.txt")
         (path,) = folder.glob("*/test-run/results.json")
         results.append(json.loads(path.read_text()))

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from tests.suites.launch import probe, run
-from tests.suites.members import CASES, MEMBERS, Member
+from tests.suites.members import MEMBERS, QUICK, Member
+from tests.suites.recorded import CHECKPOINTS, Recorded
 
 SIGKILL = -9
 PREEMPTED = 75
@@ -17,7 +19,9 @@ PREEMPTED = 75
 def arguments(member: Member, root: Path, *more: str) -> list[str]:
     """Of the run ``root/EXPERIMENT/run``, continued where there is one."""
     found = ["fit", *member.arguments(), "--run.root", str(root), "--run.name", "run"]
-    found += ["--run.resume", "true", "--checkpoint.every_n_batches", "3"]
+    found += ["--run.resume", "true", *CHECKPOINTS]
+    # As configs/trainer/wandb.yaml adds it: it logs metrics.
+    found += ["--trainer.callbacks+", "LearningRates"]
     return [*found, *probe("StateDump", folder=root / "dump"), *more]
 
 
@@ -55,37 +59,47 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.fixture(scope="module", params=CASES)
-def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("uninterrupted")
-    train(request.param, root)
-    return request.param, outcome(root)
+quick_runs = pytest.mark.parametrize("recorded", QUICK, indirect=True, ids=lambda m: m.name)
 
 
-@pytest.mark.parametrize("where", ["first phase", "between phases", "last phase"])
-def test_sigkill(uninterrupted: Any, where: str, tmp_path: Path) -> None:
-    member, expected = uninterrupted
+def moment(where: str, *members: Member) -> list[ParameterSet]:
+    return [
+        pytest.param(m, where, id=f"{m.label}-{where}", marks=[pytest.mark.slow] if m.slow else [])
+        for m in members
+    ]
+
+
+IN_PHASES = [member for member in MEMBERS if member.phases > 1]
+WITH_WORK_BETWEEN = [member for member in MEMBERS if member.boundary]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "where"),
+    [
+        # Of the other members this is what tests/suites/test_ddp.py does.
+        *moment("first phase", *IN_PHASES),
+        *moment("between phases", *WITH_WORK_BETWEEN),
+        *moment("last phase", *MEMBERS),
+    ],
+    indirect=["recorded"],
+)
+def test_sigkill(recorded: Recorded, where: str, tmp_path: Path) -> None:
+    member, expected = recorded.member, outcome(recorded.root)
+    strike: dict[str, object] = {"batch": member.batches[where == "last phase"]}
     if where == "between phases":
-        if member.boundary is None:
-            pytest.skip(f"{member.name} does nothing between phases")
-        moment = {"method": member.boundary, "call": 2}
-    else:
-        moment = {"batch": member.batches[where == "last phase"]}
-    kill = probe("SignalAt", name="SIGKILL", **moment)
+        strike = {"method": member.boundary, "call": 2}
+    kill = probe("SignalAt", name="SIGKILL", **strike)
     train(member, tmp_path, *kill, expect=SIGKILL, log="killed.txt")
     train(member, tmp_path)
     assert_equal(outcome(tmp_path), expected)
 
 
-QUICK = [member for member in MEMBERS if member.name in ("ognet", "supervised")]
-
-
-@pytest.mark.parametrize("uninterrupted", QUICK, indirect=True, ids=lambda member: member.name)
+@quick_runs
 def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
-    uninterrupted: Any, tmp_path: Path
+    recorded: Recorded, tmp_path: Path
 ) -> None:
     """Manual and automatic optimisation; a byte of a tensor is changed, which torch would not notice."""
-    member, expected = uninterrupted
+    member, expected = recorded.member, outcome(recorded.root)
     poison = probe("Poison", batch=member.batches[1])
     text = train(member, tmp_path, *poison, expect=1, log="poisoned.txt")
     (newest,) = tmp_path.glob("*/run/checkpoints/last.ckpt")
@@ -102,9 +116,10 @@ def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
     assert_equal(outcome(tmp_path), expected)
 
 
-def test_preemption_loses_nothing(uninterrupted: Any, tmp_path: Path) -> None:
-    """SIGUSR1; what SIGTERM does to the same members is in tests/suites/test_ddp.py."""
-    member, expected = uninterrupted
+@quick_runs
+def test_preemption_loses_nothing(recorded: Recorded, tmp_path: Path) -> None:
+    """SIGUSR1; what SIGTERM does to all members is in tests/suites/test_ddp.py."""
+    member, expected = recorded.member, outcome(recorded.root)
     name, batch = "SIGUSR1", member.batches[0] - 1
     stop = probe("SignalAt", name=name, batch=batch)
     text = train(member, tmp_path, *stop, expect=PREEMPTED, log="preempted.txt")
@@ -116,10 +131,11 @@ def test_preemption_loses_nothing(uninterrupted: Any, tmp_path: Path) -> None:
     assert_equal(outcome(tmp_path), expected)
 
 
-def test_preemption_between_phases(uninterrupted: Any, tmp_path: Path) -> None:
-    member, expected = uninterrupted
-    if member.boundary is None:
-        pytest.skip(f"{member.name} does nothing between phases")
+@pytest.mark.parametrize(
+    "recorded", WITH_WORK_BETWEEN, indirect=True, ids=lambda member: member.name
+)
+def test_preemption_between_phases(recorded: Recorded, tmp_path: Path) -> None:
+    member, expected = recorded.member, outcome(recorded.root)
     stop = probe("SignalAt", name="SIGTERM", method=member.boundary, call=1)
     train(member, tmp_path, *stop, expect=PREEMPTED, log="preempted.txt")
     train(member, tmp_path)
