@@ -82,7 +82,7 @@ def generator_loss(
         recon: reconstructions, in [-1, 1].
         x: clean images of the same shape.
         adversarial_weight: 0.5 in the released code, 1 in the paper (recalled, not verified).
-        recon_weight: 0.5 in the released code, 0.2 in the paper.
+        recon_weight: 0.5 in the released code, 0.2 in the paper (recalled, not verified).
 
     Returns:
         Scalars ``recon`` (mean over all elements), ``adversarial`` and the weighted ``total``.
@@ -108,8 +108,8 @@ def phase_two_loss(
     """Phase two: good are images and their reconstructions, bad are old and pseudo-anomalous ones.
 
     ``alpha BCE(D(x), 0) + (1 - alpha) BCE(D(G(x)), 0) + beta BCE(D(G_old(x)), 1) + (1 - beta) BCE(D(pseudo), 1)``
-    (paper and released code). The names of the released code mislead: its ``psuedo_anomaly_contribution`` is beta,
-    the weight of the *old* reconstructions.
+    (released code; the weights of the paper are recalled to be the same). The names of the released code mislead: its
+    ``psuedo_anomaly_contribution`` is beta, the weight of the *old* reconstructions.
 
     Args:
         real_logits: [B].
