@@ -43,7 +43,6 @@ from callbacks.run import (
 )
 from callbacks.sweep import sweep
 
-OTHER = ("validate", "test", "predict")
 DESCRIPTION = (
     "Adversaria: train.py fit -c configs/PAPER/DATASET.yaml [-c configs/trainer/OVERLAY.yaml] [--KEY VALUE ...]; "
     "train.py test|validate|predict --ckpt_path FILE; train.py sweep --help for several runs and their mean"
@@ -58,9 +57,28 @@ for package in (lightning_modules, datamodules, callbacks):
 class AdversariaCLI(LightningCLI):
     """LightningCLI with run directories, a test after fit, and configuration that wins over checkpoints."""
 
-    def __init__(self, guard: ClusterGuard, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, guard: ClusterGuard, arguments: list[str]) -> None:
         self.guard = guard
-        super().__init__(*args, **kwargs)
+        self.asked = arguments[0] if arguments else ""
+        quiet: dict[str, Any] = {"exit_on_error": False}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            trainer_defaults={"devices": 1},
+            parser_kwargs=dict.fromkeys(self.subcommands(), quiet)
+            | {**quiet, "description": DESCRIPTION},
+            args=arguments,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is asked for; a parser takes long to build."""
+        known = LightningCLI.subcommands()
+        return {self.asked: known[self.asked]} if self.asked in known else known
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the sections ``run`` and ``checkpoint``."""
@@ -177,30 +195,10 @@ class RehearsedCommand(ParsedCommand):
         self.parser.instantiate_classes(self.config)
 
 
-def command_line(
-    kind: type[AdversariaCLI], arguments: list[str], guard: ClusterGuard
-) -> AdversariaCLI:
-    """A command of this program, as ``kind`` treats it."""
-    return kind(
-        guard,
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=None,
-        trainer_defaults={"devices": 1},
-        parser_kwargs={name: {"exit_on_error": False} for name in ("fit", *OTHER)}
-        | {"exit_on_error": False, "description": DESCRIPTION},
-        args=arguments,
-    )
-
-
 def rehearse(arguments: list[str], build: bool) -> dict[str, Any]:
     """The whole configuration of a command, without running it; with ``build`` its classes are built as well."""
     kind = RehearsedCommand if build else ParsedCommand
-    return command_line(kind, arguments, ClusterGuard()).config_dump
+    return kind(ClusterGuard(), arguments).config_dump
 
 
 def main(args: list[str] | None = None) -> AdversariaCLI | None:
@@ -227,7 +225,7 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
                 return None
             arguments = chosen
         with signals_stop_at_once():
-            return command_line(AdversariaCLI, arguments, guard)
+            return AdversariaCLI(guard, arguments)
     except Preempted as stop:
         message, code = guard.conclude(stop, EXIT_PREEMPTED)
         if message is not None:

@@ -1,8 +1,5 @@
 """The smallest module with two hand-stepped networks, and data for it."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,15 +98,3 @@ def boring_trainer(directory: Path, **options: Any) -> Trainer:
         "log_every_n_steps": 1,
     }
     return Trainer(**{**defaults, **options})
-
-
-def run_fresh(code: str, *arguments: str, **environment: str) -> str:
-    """Runs ``code`` in a Python process of its own, at the root of the repository; returns what it printed."""
-    root = str(Path(__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, env=env, timeout=180, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.callbacks.boring import run_fresh
+from tests.processes import run_fresh
 
 TWO_PROCESSES = """
 import sys

@@ -16,7 +16,8 @@ import callbacks.report
 from callbacks.anomaly import COLUMNS, AnomalyReport, AnomalySheet
 from callbacks.report import Histogram, score_histograms
 from lightning_modules.metrics.anomaly import AnomalyMetrics, anomaly_metrics, auc_interval
-from tests.callbacks.boring import BoringGAN, BoringImages, boring_trainer, loader, run_fresh
+from tests.callbacks.boring import BoringGAN, BoringImages, boring_trainer, loader
+from tests.processes import run_fresh
 
 INFO = {
     "dataset": "mnist",

@@ -14,7 +14,8 @@ from torchvision.io import decode_image
 
 from callbacks.attributes import AttributeReport
 from lightning_modules.paper import PaperModule
-from tests.callbacks.boring import BoringGAN, boring_trainer, run_fresh
+from tests.callbacks.boring import BoringGAN, boring_trainer
+from tests.processes import run_fresh
 
 SIZE = 8
 CHANGE = 102 / 255

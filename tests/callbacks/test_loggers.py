@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.checkpoint import AtomicCheckpointIO, ResumableCheckpoint
 from callbacks.loggers import MetricsFile, ResumableCSVLogger, RunWandbLogger
-from tests.callbacks.boring import BoringGAN, boring_trainer, loader, run_fresh
+from tests.callbacks.boring import BoringGAN, boring_trainer, loader
+from tests.processes import run_fresh
 from tests.wandb_file import WandbFile
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from callbacks.predictions import PictureWriter, PredictionWriter
-from tests.callbacks.boring import BoringGAN, boring_trainer, loader, run_fresh
+from tests.callbacks.boring import BoringGAN, boring_trainer, loader
+from tests.processes import run_fresh
 
 
 class Returning(BoringGAN):

@@ -15,7 +15,8 @@ from torchvision.io import decode_image
 from callbacks.translation import TranslationReport
 from lightning_modules.paper import PaperModule
 from lightning_modules.supervised import Segmenter, fit_judge
-from tests.callbacks.boring import BoringGAN, boring_trainer, run_fresh
+from tests.callbacks.boring import BoringGAN, boring_trainer
+from tests.processes import run_fresh
 
 SIZE = 8
 CHANGE = 102 / 255

@@ -219,6 +219,7 @@ ALL = [
             "model.zeroq_images": 4,
             "model.zeroq_steps": 2,
             "model.zeroq_kd_epochs": 2,
+            "model.observer": "minmax",
             "trainer.log_every_n_steps": 1,
         },
         # Ranges and channel relations are those of the global batch; statistics of GDFQ's images are local by nature.

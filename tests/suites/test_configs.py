@@ -14,6 +14,7 @@ from wandb.sdk.launch.sweeps.utils import (
 from tests.suites.launch import run
 from tests.suites.members import ALL, ANALYSES, CASES, MEMBERS, Member
 from tests.suites.recorded import Recorded
+from train import rehearse
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -75,25 +76,27 @@ def test_members_have_their_recipe() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_recipe_parses(recipe: Path, tmp_path: Path) -> None:
+def test_recipe_parses(recipe: Path) -> None:
     analyses = {member.name for member in ANALYSES}
     command = "test" if recipe.parent.name in analyses else "fit"
-    text = run([command, "-c", str(recipe), "--print_config"], tmp_path / "log.txt")
-    assert f"experiment: {recipe.parent.name}-{recipe.stem}" in text
+    parsed = rehearse([command, "-c", str(ROOT / recipe)], build=False)
+    assert parsed["run"]["experiment"] == f"{recipe.parent.name}-{recipe.stem}"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=str)
-def test_overlay_merges_with_a_recipe(overlay: Path, tmp_path: Path) -> None:
+def test_overlay_merges_with_a_recipe(overlay: Path) -> None:
     member = MEMBERS[0]
-    text = run(
-        ["fit", "-c", member.config, "-c", str(overlay), "--print_config"], tmp_path / "log.txt"
-    )
-    for callback in yaml.safe_load(Path(ROOT / member.config).read_text())["trainer"]["callbacks"]:
-        assert callback["class_path"] in text, "an overlay must not drop a recipe's callbacks"
+    recipe = ROOT / member.config
+    parsed = rehearse(["fit", "-c", str(recipe), "-c", str(ROOT / overlay)], build=False)
+    kept = [callback["class_path"].split(".")[-1] for callback in parsed["trainer"]["callbacks"]]
+    for callback in yaml.safe_load(recipe.read_text())["trainer"]["callbacks"]:
+        assert callback["class_path"] in kept, "an overlay must not drop a recipe's callbacks"
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.stem)
-def test_a_wandb_sweep_makes_commands_that_parse(sweep: Path, tmp_path: Path) -> None:
+def test_a_wandb_sweep_makes_commands_that_parse(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command as wandb's agent fills it in, with the first value of every parameter."""
     config = load_sweep_config(str(sweep))
     assert config is not None
@@ -115,8 +118,8 @@ def test_a_wandb_sweep_makes_commands_that_parse(sweep: Path, tmp_path: Path) ->
         for text in filled.get(part.removeprefix("${").removesuffix("}"), [part])
     ]
     assert command[:4] == ["/usr/bin/env", "python", "train.py", "fit"]
-    text = run([*command[3:], "--print_config"], tmp_path / "log.txt")
-    parsed = yaml.safe_load(text[text.index("seed_everything:") :])
+    monkeypatch.chdir(ROOT)
+    parsed = rehearse(command[3:], build=False)
     assert parsed["trainer"]["logger"][1]["class_path"] == "callbacks.loggers.RunWandbLogger"
     for key, value in chosen.items():
         section, _, name = key.partition(".")

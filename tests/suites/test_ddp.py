@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.suites.launch import probe, run
-from tests.suites.members import ANALYSES, CASES, MEMBERS, Member
+from tests.suites.members import ANALYSES, CASES, MEMBERS, QUICK, Member
 from tests.suites.recorded import Recorded
 from tests.suites.scheduler import two_nodes
 
@@ -82,23 +82,20 @@ def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     assert largest_difference(first, resumed) == 0
 
 
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recorded", ANALYSES, indirect=True, ids=lambda member: member.label)
 def test_an_analysis_is_the_same_on_any_number_of_processes(
-    recorded: Recorded, tmp_path: Path
+    recorded: Recorded, processes: int, tmp_path: Path
 ) -> None:
-    results = [recorded.results]
-    for processes in (2, 4):
-        folder = tmp_path / str(processes)
-        spread = {**TWO, "trainer.devices": processes}
-        arguments = ["test", *recorded.member.arguments(spread), "--run.root", str(folder)]
-        run([*arguments, "--run.name", "run"], folder / "log.txt")
-        (path,) = folder.glob("*/test-run/results.json")
-        results.append(json.loads(path.read_text()))
-    assert [result["processes"] for result in results] == [1, 2, 4]
-    assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
+    arguments = ["test", *recorded.member.arguments({**TWO, "trainer.devices": processes})]
+    run([*arguments, "--run.root", str(tmp_path), "--run.name", "run"], tmp_path / "log.txt")
+    (path,) = tmp_path.glob("*/test-run/results.json")
+    results = json.loads(path.read_text())
+    assert (recorded.results["processes"], results["processes"]) == (1, processes)
+    assert recorded.results["metrics"] == results["metrics"]
 
 
-@pytest.mark.parametrize("member", CASES)
+@pytest.mark.parametrize("member", QUICK, ids=lambda member: member.name)
 def test_one_broken_rank_stops_all(member: Member, tmp_path: Path) -> None:
     probe = ["--trainer.callbacks+", "tests.suites.probes.BrokenLoss"]
     arguments = ["fit", *member.arguments(TWO), *run_options(tmp_path), *probe]

@@ -1,6 +1,3 @@
-import json
-import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lightning_modules.metrics.open_set import (
     OpenSetMetrics,
@@ -18,6 +14,7 @@ from lightning_modules.metrics.open_set import (
     openness,
     oscr_curve,
 )
+from tests.processes import from_ranks, rank_file, run_ranks
 
 
 def problem(seed: int = 0, knowns: int = 40, unknowns: int = 30) -> dict[str, Any]:
@@ -189,15 +186,8 @@ def test_metric_needs_both_sides(keep: bool, missing: str) -> None:
         metric.compute()
 
 
-def gathered_metrics(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def gathered_metrics(folder: Path) -> None:
+    rank = dist.get_rank()
     data = rows()
     # A padded shard: both ranks have rows 25 to 34.
     part = slice(0, 35) if rank == 0 else slice(25, 60)
@@ -210,16 +200,12 @@ def gathered_metrics(rank: int, port: int, folder: Path) -> None:
             metric.update(**data)
             metric.update(**data)
         results.append(metric.compute())
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    torch.save(results, rank_file(folder))
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_metric_over_processes_also_when_one_has_no_batch(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gathered_metrics, (port, tmp_path), nprocs=2)
-    for rank in range(2):
-        for result in json.loads((tmp_path / f"{rank}.json").read_text()):
+    run_ranks(gathered_metrics, tmp_path)
+    for results in from_ranks(tmp_path):
+        for result in results:
             assert result == pytest.approx(direct(rows()))

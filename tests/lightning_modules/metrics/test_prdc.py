@@ -1,15 +1,12 @@
 """Precision, recall, density and coverage: against brute force, their expectations, and over processes."""
 
-import socket
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch import distributed as dist
 
@@ -29,7 +26,7 @@ from lightning_modules.metrics.prdc import (
     realism_score,
 )
 from tests.lightning_modules.metrics.test_distances import DATA, brute_force, clouds, generator
-from tests.suites import launch  # noqa: F401  (its fork server has torch imported)
+from tests.processes import from_ranks, rank_file, run_ranks
 
 
 def by_definition(real: Tensor, fake: Tensor, k: int, inclusive: bool = False) -> dict[str, float]:
@@ -359,15 +356,8 @@ def lattice_sets() -> tuple[Tensor, Tensor]:
     return real, fake
 
 
-def on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+def on_a_rank(folder: Path) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
     real, fake = lattice_sets()
     results = []
     for case in ("spread", "padded", "empty", "one side each"):
@@ -395,22 +385,18 @@ def on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
     if rank == 0:
         without.update(fake.double(), real=False)
     results.append((without.compute(), {}, ()))
-    torch.save(results, folder / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, rank_file(folder))
 
 
 def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
     for world in (1, 2, 4):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.start_processes(on_a_rank, (world, port, tmp_path), world, start_method="forkserver")
-    expected = torch.load(tmp_path / "1-0.pt")
+        run_ranks(on_a_rank, tmp_path, world)
+    (expected,) = from_ranks(tmp_path, 1)
     for values, curve, samples in expected[1:4]:
         assert (values, len(samples)) == (expected[0][0], 8)
         assert all(torch.equal(curve[name], expected[0][1][name]) for name in curve)
-    for path in sorted(tmp_path.glob("*.pt")):
-        for found, wanted in zip(torch.load(path), expected, strict=True):
-            assert found[0] == wanted[0], path
+    for results in (*from_ranks(tmp_path, 2), *from_ranks(tmp_path, 4)):
+        for found, wanted in zip(results, expected, strict=True):
+            assert found[0] == wanted[0]
             assert all(torch.equal(found[1][name], wanted[1][name]) for name in wanted[1])
             assert all(torch.equal(a, b) for a, b in zip(found[2], wanted[2], strict=True))

@@ -1,12 +1,9 @@
-import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from lightning_modules.osrci.losses import gradient_penalty
@@ -18,6 +15,7 @@ from lightning_modules.osrci.networks import (
     Generator32,
     fold_batch_norm,
 )
+from tests.processes import from_ranks, rank_file, run_ranks
 
 
 def count(network: nn.Module) -> int:
@@ -205,19 +203,11 @@ def four_images() -> Tensor:
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3)).double()
 
 
-def gathered_gradients(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def gathered_gradients(folder: Path) -> None:
+    rank = dist.get_rank()
     mine = penalised_gradients(small_discriminator(True), four_images()[2 * rank : 2 * rank + 2])
     dist.all_reduce(mine)
-    torch.save(mine / 2, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(mine / 2, rank_file(folder))
 
 
 def test_gathered_batch_feature_equals_one_process(tmp_path: Path) -> None:
@@ -228,9 +218,6 @@ def test_gathered_batch_feature_equals_one_process(tmp_path: Path) -> None:
     mean = torch.stack(halves).mean(0)
     assert not torch.allclose(whole, mean, rtol=1e-6)  # the test can tell
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gathered_gradients, (port, tmp_path), nprocs=2)
-    gathered = torch.load(tmp_path / "0.pt")
-    torch.testing.assert_close(gathered, whole, rtol=1e-9, atol=1e-12)
+    run_ranks(gathered_gradients, tmp_path)
+    for gathered in from_ranks(tmp_path):
+        torch.testing.assert_close(gathered, whole, rtol=1e-9, atol=1e-12)

@@ -3,10 +3,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+from torch import distributed as dist
 
 from lightning_modules.zaq.aciq import aciq_alpha
 from lightning_modules.zaq.observers import ActivationQuantizer, Observer
+from tests.processes import from_ranks, rank_file, run_ranks
 
 OBSERVERS = get_args(Observer)
 
@@ -142,23 +144,20 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         ActivationQuantizer(**{"bits": 4, **options})
 
 
-def observe_on_a_rank(rank: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def observe_on_a_rank(folder: Path) -> None:
+    rank = dist.get_rank()
     ranges = {}
     for observer in OBSERVERS:
         quantizer = ActivationQuantizer(3, observer, percentile=90)
         for batch in batches():
             quantizer(batch[rank::2])
         ranges[observer] = torch.stack([quantizer.lo, quantizer.hi])
-    torch.save(ranges, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save(ranges, rank_file(folder))
 
 
 def test_two_processes_observe_the_global_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(observe_on_a_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    run_ranks(observe_on_a_rank, tmp_path)
+    ranks = from_ranks(tmp_path)
     for observer in OBSERVERS:
         alone = ActivationQuantizer(3, observer, percentile=90)
         for batch in batches():
