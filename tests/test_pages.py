@@ -16,7 +16,7 @@ import yaml
 
 from docs.generate import ROOT, filled_in, pages, source
 from tests.following import blocks
-from tests.suites import launch
+from tests.processes import begin, finish
 
 FENCE = re.compile(r"^( *)```.*?\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
@@ -226,9 +226,8 @@ def wrong_commands(found: list[tuple[str, list[str]]], log: Path) -> str:
             recipe = yaml.safe_load((ROOT / files[1]).read_text())
             classes = tuple(str(recipe[part].get("class_path")) for part in ("model", "data"))
             groups.setdefault(classes, {})[title] = (files, words)
-    process = launch._context.Process(target=parse_all, args=([*groups.values()], str(log)))
-    process.start()
-    process.join(launch.TIME_LIMIT)
+    printed = log.with_suffix(".printed")
+    finish(begin(parse_all, [*groups.values()], str(log), log=printed), printed)
     return log.read_text()
 
 
