@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_choice
+
 STE = Literal["identity", "clipped"]
 """Straight-through estimators: the gradient passes everywhere (released code), or not where a code was clamped."""
 
@@ -64,7 +66,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
-        _check_ste(self.ste)
+        demand_choice(STE, ste=self.ste)
 
 
 def integer_range(
@@ -172,7 +174,7 @@ def fake_quantize(
     Raises:
         ValueError: unknown estimator.
     """
-    _check_ste(ste)
+    demand_choice(STE, ste=ste)
     x = full_precision(x)
     scale, zero_point = _along(scale, x, ch_axis), _along(zero_point, x, ch_axis)
     return cast(Tensor, _StraightThrough.apply(x, scale, zero_point, qmin, qmax, ste == "clipped"))
@@ -271,11 +273,6 @@ def _along(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
     shape = [1] * x.ndim
     shape[ch_axis] = -1
     return values.reshape(shape)
-
-
-def _check_ste(ste: str) -> None:
-    if ste not in ("identity", "clipped"):
-        raise ValueError(f"unknown ste={ste!r}; choose one of identity, clipped")
 
 
 class QuantizedLayer(nn.Module):

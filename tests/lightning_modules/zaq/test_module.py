@@ -257,6 +257,23 @@ def test_rates_fall_within_their_own_stage() -> None:
     assert [round(second(epoch), 4) for epoch in (0, 5, 6, 8, 10, 11)] == [1, 1, 1, 0.1, 0.01, 0.01]
 
 
+def test_gradients_of_the_copies_are_clipped_and_no_others(tmp_path: Path) -> None:
+    zaq = module(epochs=1, iterations=1, clip_q=1e-6)
+    clip, norms = zaq.on_before_optimizer_step, []
+
+    def noted(optimizer: torch.optim.Optimizer) -> None:
+        clip(optimizer)
+        grads = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+        norms.append(float(torch.cat(grads).norm()))
+
+    zaq.on_before_optimizer_step = noted  # type: ignore[method-assign]
+    fit(zaq, tmp_path)
+    *of_q, of_g = norms
+    assert len(of_q) == 2
+    assert max(of_q) <= 1e-6
+    assert of_g > 1e-5
+
+
 def test_evaluation_that_moves_a_range_is_an_error(tmp_path: Path) -> None:
     zaq = module(epochs=1)
     fit(zaq, tmp_path)
@@ -330,6 +347,11 @@ def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
         ),
         ({"network": "vgg11_bn"}, "--model.taps"),
         ({"q_steps": 0}, "q_steps=0"),
+        ({"zeroq_steps": 0}, "zeroq_steps=0"),
+        ({"gdfq_latent_dim": 0}, "gdfq_latent_dim=0"),
+        ({"gdfq_temperature": 0.0}, "gdfq_temperature=0.0 must be above 0"),
+        ({"lr_schedule": "linear"}, "lr_schedule='linear'.*cosine"),
+        ({"bn_mode": "eval"}, "bn_mode='eval'.*frozen"),
         ({"alpha": -1.0}, "alpha=-1"),
     ],
 )
