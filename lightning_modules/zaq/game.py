@@ -213,6 +213,8 @@ class QuantizationGame(AdversarialModule):
         )
         self.stages = self._stages()
         self._build_networks()
+        if clip_q is not None:
+            self.gradient_clip = {f"{stage.key}_student": clip_q for stage in self.stages}
         self.layer_distances: Tensor | None = None
         """Mean [L] over Q's steps of the last batch; None where no layers are weighted."""
         self._distilled: Tensor | None = None
@@ -553,13 +555,6 @@ class QuantizationGame(AdversarialModule):
         student = self._student_in_training(self.setting("bn_mode"), self._observes())
         with self.update(f"{self.stage.key}_student") as minimize:
             minimize(**self.ft_losses(student, batch))
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips Q's gradients."""
-        if self.hp.clip_q is not None and isinstance(optimizer, SGD):
-            self.clip_gradients(
-                optimizer, gradient_clip_val=self.hp.clip_q, gradient_clip_algorithm="norm"
-            )
 
     def _observes(self) -> bool:
         if self._ranges_are_given:
