@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules import camvid
 from datamodules.datasets import BatchDataset, ImageArrayDataset, PictureFileDataset
-from datamodules.shapes import Scenes
+from datamodules.shapes import DRAWN_AT_ONCE, Scenes
 from datamodules.shapes_options import SceneOptions
 from datamodules.sources import (
     draw_per_class,
@@ -36,7 +36,6 @@ FIRST_SCENE = {
     ("b", "val"): 4 * 10**9,
     ("b", "test"): 5 * 10**9,
 }
-DRAWN_AT_ONCE = 256
 
 
 # ------------------------------------------------------------------------------- sizes
@@ -545,9 +544,7 @@ class SceneDomains:
             counterparts = SceneCounterparts(scenes, other)
         images: BatchDataset = scenes
         if len(scenes) * 3 * options.image_size**2 <= self.cache_limit:
-            pieces = torch.arange(len(scenes)).split(DRAWN_AT_ONCE)
-            drawn = torch.cat([scenes.render(piece) for piece in pieces])
-            images = ImageArrayDataset(drawn, scenes.labels, scenes.class_names)
+            images, pieces = scenes.drawn(), scenes.pieces()
             if part != "train":  # every epoch asks for them
                 masks = Rows(torch.cat([masks(piece) for piece in pieces]))
                 if counterparts is not None:

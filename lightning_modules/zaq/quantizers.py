@@ -280,6 +280,7 @@ class QuantizedLayer(nn.Module):
 
     The range of the weights is their minimum and maximum now, as in the released code, so there is nothing to
     observe. Parameters keep the names of the float layer; biases stay in floating point. Autocast is off inside.
+    Arguments are those of the float layer and ``spec``.
 
     Attributes:
         spec: how the weights are quantized.
@@ -288,6 +289,10 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     spec: QuantSpec
     transposed: bool = False  # the convolutions say themselves
+
+    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spec = spec or QuantSpec()
 
     def channels_first(self, weight: Tensor) -> Tensor:
         """The weight as [C_out, ...], one row for every output channel."""
@@ -348,10 +353,6 @@ class QuantizedLayer(nn.Module):
 class QuantConv1d(QuantizedLayer, nn.Conv1d):
     """``nn.Conv1d`` with quantized weights."""
 
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
-
     def forward(self, input: Tensor) -> Tensor:
         """[B, C_in, L] to [B, C_out, L']."""
         with torch.autocast(input.device.type, enabled=False):
@@ -361,10 +362,6 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """``nn.Conv2d`` with quantized weights, depthwise and grouped ones too."""
 
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
-
     def forward(self, input: Tensor) -> Tensor:
         """[B, C_in, H, W] to [B, C_out, H', W']."""
         with torch.autocast(input.device.type, enabled=False):
@@ -373,10 +370,6 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with quantized weights; a channel is an output channel, in every group its own."""
-
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, C_in, H, W] to [B, C_out, H', W']."""
@@ -405,10 +398,6 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
 class QuantLinear(QuantizedLayer, nn.Linear):
     """``nn.Linear`` with quantized weights."""
-
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., D_in] to [..., D_out]."""

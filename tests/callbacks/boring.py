@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -113,3 +114,14 @@ def run_fresh(code: str, *arguments: str, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def assert_one_and_two_agree(folder: Path, table: str, rows: int) -> None:
+    """Compares the table that one process wrote below ``one`` with that of two processes below ``two``."""
+    one, two = (
+        (folder / name / "tables" / table).read_text().splitlines() for name in ("one", "two")
+    )
+    assert len(one) == 1 + rows
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        for a, b in zip(mine.split(","), theirs.split(","), strict=True):
+            assert a == b or float(a) == pytest.approx(float(b), abs=1e-6)

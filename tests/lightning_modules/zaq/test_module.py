@@ -288,22 +288,28 @@ def test_evaluation_that_moves_a_range_is_an_error(tmp_path: Path) -> None:
         boring_trainer(tmp_path, callbacks=[Leak()]).test(zaq, datamodule=data(), verbose=False)
 
 
-def test_no_training_image_is_needed_for_a_checkpoint(tmp_path: Path) -> None:
-    """A float network from a file, and nothing else."""
-    source = module()
-    fit(source, tmp_path / "first")
-    checkpoint = tmp_path / "teacher.ckpt"
+def save_teacher(zaq: ZAQ, folder: Path) -> str:
+    """The checkpoint of a module's float network."""
+    checkpoint = folder / "teacher.ckpt"
     torch.save(
         {
             "module_class": "Classifier",
-            "state_dict": source.teacher.state_dict(),
-            "hyper_parameters": dict(source.teacher.hparams),
-            "class_names": source.teacher.class_names,
+            "state_dict": zaq.teacher.state_dict(),
+            "hyper_parameters": dict(zaq.teacher.hparams),
+            "class_names": zaq.teacher.class_names,
             "pytorch-lightning_version": "2.6.0",
         },
         checkpoint,
     )
-    zaq = module(teacher=str(checkpoint), epochs=1)
+    return str(checkpoint)
+
+
+def test_no_training_image_is_needed_for_a_checkpoint(tmp_path: Path) -> None:
+    """A float network from a file, and nothing else."""
+    source = module()
+    fit(source, tmp_path / "first")
+    checkpoint = save_teacher(source, tmp_path)
+    zaq = module(teacher=checkpoint, epochs=1)
     fit(zaq, tmp_path / "second", training_images=False)
     first, second = source.float_network.state_dict(), zaq.float_network.state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -313,19 +319,9 @@ def test_no_training_image_is_needed_for_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
     source = module(width=6)
-    checkpoint = tmp_path / "teacher.ckpt"
-    torch.save(
-        {
-            "module_class": "Classifier",
-            "state_dict": source.teacher.state_dict(),
-            "hyper_parameters": dict(source.teacher.hparams),
-            "class_names": source.teacher.class_names,
-            "pytorch-lightning_version": "2.6.0",
-        },
-        checkpoint,
-    )
+    checkpoint = save_teacher(source, tmp_path)
     with pytest.raises(ValueError, match=r"teacher\.ckpt does not hold.*--model\.width"):
-        fit(module(teacher=str(checkpoint)), tmp_path)
+        fit(module(teacher=checkpoint), tmp_path)
 
 
 @pytest.mark.parametrize(
