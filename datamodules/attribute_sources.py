@@ -22,9 +22,10 @@ from datamodules.datasets import (
     PictureFileDataset,
     unit_interval,
 )
+from datamodules.pictures import image_files, picture_sizes
 from datamodules.shapes import FIRST_SCENE, Scenes
 from datamodules.shapes_options import FACTORS, SceneOptions
-from datamodules.sources import draw_per_class, image_files, picture_sizes, unknown_name
+from datamodules.sources import draw_per_class, unknown_name
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
 
 PARTS = ("train", "val", "test")

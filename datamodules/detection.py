@@ -12,9 +12,10 @@ from torchvision.datasets import VOCDetection
 
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.drawn_or_files import DrawnOrFilesDataModule
+from datamodules.pictures import picture_sizes, visit_files
 from datamodules.shapes import FIRST_SCENE, Scenes
 from datamodules.shapes_options import SceneOptions, scenes_and_side
-from datamodules.sources import picture_sizes, unknown_name, visit_files
+from datamodules.sources import unknown_name
 
 DATASETS = ("shapes", "voc2012")
 SEVERAL = SceneOptions(max_objects=3)

@@ -45,7 +45,7 @@ class DrawnOrFilesDataModule(AdversariaDataModule):
         **loading: Any,
     ) -> None:
         demand_at_least(1, most=10**9, image_size=image_size)
-        counts = {f"shapes_{part}": count for part, count in scenes.items()}
+        counts: dict[str, Any] = {f"shapes_{part}": count for part, count in scenes.items()}
         demand_at_least(1, most=10**9, **counts)
         demand_at_least(0, cache_limit=cache_limit)
         super().__init__(**loading)

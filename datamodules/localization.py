@@ -18,9 +18,10 @@ from datamodules.datasets import (
 )
 from datamodules.drawn_or_files import DrawnOrFilesDataModule
 from datamodules.localization_sources import Birds, ClassFolders, ImageNet, PictureSource
+from datamodules.pictures import picture_sizes
 from datamodules.shapes import FIRST_SCENE, Scenes
 from datamodules.shapes_options import SceneOptions, scenes_and_side
-from datamodules.sources import picture_sizes, unknown_name
+from datamodules.sources import unknown_name
 
 IMAGE_SIZE = 224
 RESIZE = 256
