@@ -12,44 +12,23 @@ Prints seconds per step and peak memory of each and the ratios (ours / plain; 1.
 """
 
 import argparse
-import itertools
 import json
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from common.steps import between, seconds_under_trainer, synchronize
 from torch import Tensor
 from torch.optim import Adam
-from torch.utils.data import DataLoader
 
-from callbacks.finite import FiniteGuard
 from lightning_modules.cyclegan import CycleGAN
 
 WAYS = ("ours", "plain", "careless")
-
-
-class Clock(Callback):
-    """Times the batches after the first one, which warms up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stamps: list[float] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        synchronize(self.device)
-        self.stamps.append(time.perf_counter())
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def build(args: argparse.Namespace) -> CycleGAN:
@@ -57,24 +36,6 @@ def build(args: argparse.Namespace) -> CycleGAN:
     return CycleGAN(
         generator=args.generator, ngf=args.ngf, ndf=args.ngf, n_epochs=1, n_epochs_decay=0
     )
-
-
-def ours(batches: list[Any], args: argparse.Namespace, device: torch.device) -> list[float]:
-    clock = Clock(device)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            max_epochs=1,
-            callbacks=[FiniteGuard(), clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(build(args), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    return clock.stamps
 
 
 def loop(
@@ -113,7 +74,7 @@ def loop(
         of_d.step()
         synchronize(device)
         stamps.append(time.perf_counter())
-    return stamps
+    return between(stamps)
 
 
 def measure(way: str, args: argparse.Namespace) -> None:
@@ -127,13 +88,14 @@ def measure(way: str, args: argparse.Namespace) -> None:
         {side: {"image": torch.rand(shape, generator=generator)} for side in ("a", "b")}
         for _ in range(args.steps + 1)
     ]
-    freeze = way == "plain"
-    stamps = ours(batches, args, device) if way == "ours" else loop(batches, args, device, freeze)
+    if way == "ours":
+        seconds = seconds_under_trainer(build(args), batches, device)
+    else:
+        seconds = loop(batches, args, device, freeze=way == "plain")
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**20
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    seconds = [second - first for first, second in itertools.pairwise(stamps)]
     print(json.dumps({"seconds": seconds, "memory": memory}))
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from common.steps import synchronize
 from torch import Tensor, nn
 from torch.optim import Adam
 
@@ -90,12 +91,6 @@ def main() -> None:
     print(
         f"ours, precomputed          {fast:8.3f}   {theirs / fast:5.2f}x, after {once:.2f} s for {args.images} images"
     )
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the accelerator."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from common.steps import synchronize
 from torch import Tensor, nn
 
 from lightning_modules.osrci.counterfactual import counterfactual_search, search_copy
@@ -40,8 +41,7 @@ def straightforward_search(
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

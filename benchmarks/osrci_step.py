@@ -7,42 +7,17 @@ of each and their ratio (ours / plain; 1.05 is the limit at the paper's size).
 """
 
 import argparse
-import itertools
 import statistics
-import tempfile
 import time
 import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from common.steps import between, seconds_under_trainer, synchronize
 from torch import Tensor
 from torch.optim import Adam
-from torch.utils.data import DataLoader
 
-from callbacks.finite import FiniteGuard
 from lightning_modules.osrci import OSRCIModule
-
-
-class Clock(Callback):
-    """Times the batches after the first one, which warms up."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stamps: list[float] = []
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        synchronize(self.device)
-        self.stamps.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        return [b - a for a, b in itertools.pairwise(self.stamps)]
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ours(
@@ -50,21 +25,7 @@ def ours(
 ) -> list[float]:
     torch.manual_seed(0)
     module = OSRCIModule(width=args.width, gopenmax=False, joint_epochs=2)
-    clock = Clock(device)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            max_epochs=1,
-            callbacks=[FiniteGuard(), clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    return clock.seconds()
+    return seconds_under_trainer(module, batches, device)
 
 
 def plain(
@@ -112,7 +73,7 @@ def plain(
         optimizer[classifier].step()
         synchronize(device)
         stamps.append(time.perf_counter())
-    return [b - a for a, b in itertools.pairwise(stamps)]
+    return between(stamps)
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from datamodules.attribute_splits import identity_label_split, reference_celeba_split
 from datamodules.datasets import (
     BatchDataset,
-    ImageArrayDataset,
     PictureFileDataset,
     unit_interval,
 )
-from datamodules.shapes import Scenes
+from datamodules.pictures import image_files, picture_sizes
+from datamodules.shapes import FIRST_SCENE, Scenes
 from datamodules.shapes_options import FACTORS, SceneOptions
-from datamodules.sources import draw_per_class, image_files, picture_sizes, unknown_name
+from datamodules.sources import draw_per_class, unknown_name
 from lightning_modules.attributes import HAIR_COLOURS, LabelKind, exclusive_indices
 
 PARTS = ("train", "val", "test")
@@ -45,9 +45,6 @@ RAFD_NAME = re.compile(r"Rafd(\d+)_(\d+)_[^_]+_[^_]+_([^_]+)_[^_]+", re.IGNORECA
 # Of the originals, (width, height), and the square of the face in them (released code of MatchGAN).
 RAFD_SIZE, RAFD_BOX = (681, 1024), (40, 170, 640, 770)
 RAFD_TEST_PERCENT = 10
-# So far apart that the number of scenes of one part changes no other part.
-FIRST_SCENE = {"train": 0, "val": 10**9, "test": 2 * 10**9}
-DRAWN_AT_ONCE = 256
 
 
 class AttributeDataset(BatchDataset):
@@ -646,9 +643,7 @@ class AttributeScenes(AttributeDataset):
     def keep(self, limit: float, name: str) -> None:
         """Draws all scenes and keeps them in memory if they take at most ``limit`` bytes."""
         if self._bytes <= limit:
-            pieces = torch.arange(len(self)).split(DRAWN_AT_ONCE)
-            drawn = torch.cat([self.scenes.render(piece) for piece in pieces])
-            self.images = ImageArrayDataset(drawn, self.scenes.labels, self.scenes.class_names)
+            self.images = self.scenes.drawn()
 
     def counterparts(self, indices: Sequence[int] | Tensor, attributes: Tensor) -> Tensor:
         """The true images with other attributes: the same scenes, of which only the first object is changed.

@@ -34,9 +34,10 @@ from datamodules.attribute_sources import (
 from datamodules.attribute_splits import balanced_label_split, identity_label_split
 from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
+from datamodules.pictures import picture_sizes
 from datamodules.sampler import ShardedSampler
 from datamodules.shapes_options import SceneOptions, scenes_and_side
-from datamodules.sources import picture_sizes, unknown_name
+from datamodules.sources import unknown_name
 from lightning_modules.arguments import demand_at_least
 from lightning_modules.attributes import (
     LabelKind,

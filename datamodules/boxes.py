@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from datamodules.sources import decode_picture
+from datamodules.pictures import decode_picture
 
 Box = tuple[int, int, int, int]
 

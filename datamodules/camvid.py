@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.sources import image_files, unknown_name
+from datamodules.pictures import image_files
+from datamodules.sources import unknown_name
 
 PARTS = ("train", "val", "test")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from datamodules.sources import decode_images, decode_picture, image_files, visit_files
+from datamodules.pictures import decode_images, decode_picture, image_files, visit_files
 
 
 def unit_interval(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,17 +12,14 @@ from torchvision.datasets import VOCDetection
 
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
 from datamodules.drawn_or_files import DrawnOrFilesDataModule
-from datamodules.shapes import Scenes
+from datamodules.pictures import picture_sizes, visit_files
+from datamodules.shapes import FIRST_SCENE, Scenes
 from datamodules.shapes_options import SceneOptions, scenes_and_side
-from datamodules.sources import picture_sizes, unknown_name, visit_files
-from lightning_modules.arguments import demand_at_least
+from datamodules.sources import unknown_name
 
 DATASETS = ("shapes", "voc2012")
 SEVERAL = SceneOptions(max_objects=3)
 IMAGE_SIZE = 320
-# So far apart that the number of scenes of one part changes no other part.
-FIRST_SCENE = {"train": 0, "val": 10**9, "test": 2 * 10**9}
-DRAWN_AT_ONCE = 256
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -94,39 +91,26 @@ class DetectionDataModule(DrawnOrFilesDataModule):
             raise unknown_name("dataset", dataset, DATASETS)
         drawn = dataset == "shapes"
         shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
-        demand_at_least(1, most=10**9, image_size=side)
-        demand_at_least(
-            1,
-            most=10**9,
-            shapes_train=shapes_train,
-            shapes_val=shapes_val,
-            shapes_test=shapes_test,
-        )
-        demand_at_least(0, cache_limit=cache_limit)
         super().__init__(
-            batch_size,
-            eval_batch_size,
-            num_workers,
+            dataset,
+            root,
+            side,
+            cache_limit,
+            shapes,
+            {"train": shapes_train, "val": shapes_val, "test": shapes_test},
+            shapes_seed,
+            predict_folder,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
             horizontal_flip=not drawn if horizontal_flip is None else horizontal_flip,
         )
         # As a dict, since a checkpoint with an object of ours would not load with weights_only.
         self.save_hyperparameters(ignore=["shapes", "image_size"])
         # The size it comes to, or it would contradict a module's.
         self.save_hyperparameters({"shapes": asdict(shapes), "image_size": side})
-        self.dataset = dataset
-        self.root = root
-        self.image_size = side
         self.training_images = training_images
-        self.cache_limit = cache_limit
-        self.shapes = shapes
-        self.shapes_seed = shapes_seed
-        self.predict_folder = predict_folder
         self.class_names = list(shapes.values(shapes.label) if drawn else VOC_CLASSES)
-        self.train: BatchDataset | None = None
-        self.val: BatchDataset | None = None
-        self.test: BatchDataset | None = None
-        self.pictures: BatchDataset | None = None
-        self._scenes = {"train": shapes_train, "val": shapes_val, "test": shapes_test}
 
     @property
     def split_info(self) -> dict[str, Any]:
@@ -159,9 +143,7 @@ class DetectionDataModule(DrawnOrFilesDataModule):
         scenes = ObjectScenes(options, self.shapes_seed, count, FIRST_SCENE[part])
         if not self.fits(count, self.image_size):
             return scenes
-        return ObjectArrayDataset(
-            [scenes.__getitems__(some) for some in torch.arange(count).split(DRAWN_AT_ONCE)]
-        )
+        return ObjectArrayDataset([scenes.__getitems__(piece) for piece in scenes.pieces()])
 
     def open_part(self, part: str) -> BatchDataset:
         """The pictures of a part, kept in memory if they fit."""

@@ -6,17 +6,61 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules.base import AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset
+from datamodules.shapes_options import SceneOptions
+from lightning_modules.arguments import demand_at_least
 
 
 class DrawnOrFilesDataModule(AdversariaDataModule):
     """Scenes (``shapes``) or picture files, whose classes go into checkpoints.
 
-    Subclasses set ``dataset``, ``cache_limit`` and ``class_names``, which may be empty until the files are open.
+    Subclasses set ``class_names``, which may be empty until the files are open.
+
+    Args:
+        dataset: ``shapes``, or the name of a set of files.
+        root: folder of the files.
+        image_size: side of the images, of scenes too.
+        cache_limit: a part that takes at most so many GiB stays drawn or decoded in memory.
+        shapes: what scenes show.
+        scenes: number of scenes of each part.
+        shapes_seed: of the scenes.
+        predict_folder: ``predict`` runs on the pictures below this folder; null: on the test images.
+        **loading: arguments of :class:`~datamodules.base.AdversariaDataModule`.
+
+    Raises:
+        ValueError: a size or a number below 1, or a negative limit.
     """
 
-    dataset: str
-    cache_limit: float
     class_names: list[str]
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str,
+        image_size: int,
+        cache_limit: float,
+        shapes: SceneOptions,
+        scenes: dict[str, int],
+        shapes_seed: int,
+        predict_folder: str | None,
+        **loading: Any,
+    ) -> None:
+        demand_at_least(1, most=10**9, image_size=image_size)
+        counts: dict[str, Any] = {f"shapes_{part}": count for part, count in scenes.items()}
+        demand_at_least(1, most=10**9, **counts)
+        demand_at_least(0, cache_limit=cache_limit)
+        super().__init__(**loading)
+        self.dataset = dataset
+        self.root = root
+        self.image_size = image_size
+        self.cache_limit = cache_limit
+        self.shapes = shapes
+        self.shapes_seed = shapes_seed
+        self.predict_folder = predict_folder
+        self.train: BatchDataset | None = None
+        self.val: BatchDataset | None = None
+        self.test: BatchDataset | None = None
+        self.pictures: BatchDataset | None = None
+        self._scenes = dict(scenes)
 
     @property
     def num_classes(self) -> int:

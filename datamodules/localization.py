@@ -18,18 +18,15 @@ from datamodules.datasets import (
 )
 from datamodules.drawn_or_files import DrawnOrFilesDataModule
 from datamodules.localization_sources import Birds, ClassFolders, ImageNet, PictureSource
-from datamodules.shapes import Scenes
+from datamodules.pictures import picture_sizes
+from datamodules.shapes import FIRST_SCENE, Scenes
 from datamodules.shapes_options import SceneOptions, scenes_and_side
-from datamodules.sources import picture_sizes, unknown_name
-from lightning_modules.arguments import demand_at_least
+from datamodules.sources import unknown_name
 
 IMAGE_SIZE = 224
 RESIZE = 256
 DATASETS = ("shapes", "image_folder", "cub200", "imagenet")
 CREATURES = SceneOptions(mode="parts")
-# So far apart that the number of scenes of one part changes no other part.
-FIRST_SCENE = {"train": 0, "val": 10**9, "test": 2 * 10**9}
-DRAWN_AT_ONCE = 256
 
 
 class LocalizationDataModule(DrawnOrFilesDataModule):
@@ -126,49 +123,36 @@ class LocalizationDataModule(DrawnOrFilesDataModule):
                     f"{name}={value} does not apply to {dataset}; leave out --data.{name}"
                 )
         shapes, side = scenes_and_side(drawn, shapes, image_size, IMAGE_SIZE)
-        demand_at_least(1, most=10**9, image_size=side)
-        demand_at_least(
-            1,
-            most=10**9,
-            shapes_train=shapes_train,
-            shapes_val=shapes_val,
-            shapes_test=shapes_test,
-        )
         if not drawn and resize < side:
             raise ValueError(
                 f"resize={resize} is smaller than the image_size={side} that is cut out of it; use "
                 f"--data.resize {side} or more"
             )
-        demand_at_least(0, cache_limit=cache_limit)
         super().__init__(
-            batch_size,
-            eval_batch_size,
-            num_workers,
+            dataset,
+            root,
+            side,
+            cache_limit,
+            shapes,
+            {"train": shapes_train, "val": shapes_val, "test": shapes_test},
+            shapes_seed,
+            predict_folder,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
             horizontal_flip=not drawn if horizontal_flip is None else horizontal_flip,
             random_crop=side if not drawn and (keep_aspect or resize > side) else None,
         )
         # As a dict, since a checkpoint with an object of ours would not load with weights_only.
         self.save_hyperparameters(ignore=["shapes"])
         self.save_hyperparameters({"shapes": asdict(shapes)})
-        self.dataset = dataset
-        self.root = root
         self.boxes = boxes
-        self.image_size = side
         self.resize = resize
         self.keep_aspect = keep_aspect
         self.eval_crop = eval_crop
-        self.cache_limit = cache_limit
-        self.shapes = shapes
-        self.shapes_seed = shapes_seed
-        self.predict_folder = predict_folder
         self.class_names = list(shapes.values(shapes.label)) if drawn else []
         if drawn:
             self._demand_two_classes()
-        self.train: BatchDataset | None = None
-        self.val: BatchDataset | None = None
-        self.test: BatchDataset | None = None
-        self.pictures: BatchDataset | None = None
-        self._scenes = {"train": shapes_train, "val": shapes_val, "test": shapes_test}
         self._counts: dict[str, int] = {}
         self._origins: dict[str, str] = {}
 
@@ -215,7 +199,7 @@ class LocalizationDataModule(DrawnOrFilesDataModule):
         self._origins[part] = f"scenes from {FIRST_SCENE[part]}"
         if not self.fits(len(scenes), self.image_size):
             return scenes
-        pieces = [scenes.__getitems__(i) for i in torch.arange(len(scenes)).split(DRAWN_AT_ONCE)]
+        pieces = [scenes.__getitems__(piece) for piece in scenes.pieces()]
         truth = {
             name: torch.cat([piece[name] for piece in pieces]) if name in pieces[0] else None
             for name in ("boxes", "mask")

@@ -26,7 +26,8 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from datamodules.boxes import Box, BoxLine, demand_inside, read_boxes
-from datamodules.sources import draw_per_class, image_files, picture_sizes
+from datamodules.pictures import image_files, picture_sizes
+from datamodules.sources import draw_per_class
 
 PARTS = ("train", "val", "test")
 # As many of each class as CUBV2 has.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.datasets import ImageArrayDataset
-from datamodules.sources import rgb_squares, visit_files
+from datamodules.pictures import rgb_squares, visit_files
 
 
 @dataclass(frozen=True)

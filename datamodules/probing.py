@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
@@ -29,7 +28,6 @@ SCENES = SceneOptions()
 PATCH_SIZE, FRAME_SCALE = 64, 0.5
 # So far apart that the number of scenes to train on changes none that are probed.
 FIRST_PROBED = 2 * 10**9
-DRAWN_AT_ONCE = 256
 
 
 class ProbingDataModule(EvaluationDataModule):
@@ -192,10 +190,7 @@ class ProbingDataModule(EvaluationDataModule):
     def training(self) -> ImageArrayDataset | None:
         """A labelled set, opened when it is asked for."""
         if self._training is None and self.dataset == "shapes":
-            scenes = self._scenes(0, self.shapes_train)
-            pieces = torch.arange(len(scenes)).split(DRAWN_AT_ONCE)
-            drawn = torch.cat([scenes.render(piece) for piece in pieces])
-            self._training = ImageArrayDataset(drawn, scenes.labels, scenes.class_names)
+            self._training = self._scenes(0, self.shapes_train).drawn()
         elif self._training is None and self.dataset == "camvid":
             found = self._patches(["train", "val"])
             self._training = ImageArrayDataset(found.pixels, found.labels, found.class_names)

@@ -20,8 +20,8 @@ from torch import Tensor
 from datamodules.camvid import CLASS_NAMES, VOID, Frame, list_frames, read_mask
 from datamodules.colour_names import COLOUR_TERMS, name_colours
 from datamodules.datasets import BatchDataset
+from datamodules.pictures import decode_picture, visit_files
 from datamodules.shapes import Scenes
-from datamodules.sources import decode_picture, visit_files
 
 NO_CLASS = -1
 CATEGORIES = ("object", "part", "scene", "texture", "color")

@@ -18,15 +18,8 @@ from datamodules.datasets import (
     ImageArrayDataset,
     PictureFileDataset,
 )
-from datamodules.sources import (
-    SOURCES,
-    class_names_of,
-    image_files,
-    open_source,
-    picture_sizes,
-    prepare_source,
-    unknown_name,
-)
+from datamodules.pictures import image_files, picture_sizes
+from datamodules.sources import SOURCES, class_names_of, open_source, prepare_source, unknown_name
 from lightning_modules.arguments import demand_at_least
 from lightning_modules.files import UnreadableError, read_array, read_tensors
 from lightning_modules.randomness import mix

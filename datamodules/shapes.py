@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datamodules.datasets import BatchDataset
+from datamodules.datasets import BatchDataset, ImageArrayDataset
 from datamodules.shapes_drawing import (
     EXTENTS,
     SHAPES,
@@ -42,6 +42,9 @@ from datamodules.shapes_painting import Layer, background, background_kinds, gro
 
 __all__ = ["SceneOptions", "Scenes"]
 
+# So far apart that the number of scenes of one part changes no other part.
+FIRST_SCENE = {"train": 0, "val": 10**9, "test": 2 * 10**9}
+DRAWN_AT_ONCE = 256
 MARGIN = 0.02
 PLACES_TRIED = 16
 CHUNK = 32
@@ -124,6 +127,15 @@ class Scenes(BatchDataset):
     def labels(self) -> Tensor:
         """The label of every scene, int64 [N], without drawing any."""
         return self.factor(self.options.label)
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        """The indices of all scenes, as many at a time as are drawn at once."""
+        return torch.arange(len(self)).split(DRAWN_AT_ONCE)
+
+    def drawn(self) -> ImageArrayDataset:
+        """All scenes with their labels, in memory."""
+        images = torch.cat([self.render(piece) for piece in self.pieces()])
+        return ImageArrayDataset(images, self.labels, self.class_names)
 
     def factor(self, name: str) -> Tensor:
         """The value of a factor of the first object of every scene: numbers, int64 [N].

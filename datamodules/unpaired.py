@@ -11,21 +11,20 @@ from torch.utils.data import DataLoader
 
 from datamodules.base import PARTS, AdversariaDataModule, parts_of
 from datamodules.datasets import BatchDataset, PictureFileDataset, pictures_to_predict
+from datamodules.pictures import picture_sizes
 from datamodules.sampler import ShardedSampler
 from datamodules.shapes_options import SceneOptions
-from datamodules.sources import picture_sizes, unknown_name
+from datamodules.sources import unknown_name
+from datamodules.unpaired_sizes import PREPROCESS, PictureReader, Sizing
 from datamodules.unpaired_sources import (
     OTHER_DIGITS,
-    PREPROCESS,
     SIDES,
     CamVidDomains,
     DigitDomains,
     DomainDataset,
     Domains,
     FolderDomains,
-    PictureReader,
     SceneDomains,
-    Sizing,
     common_size,
 )
 from lightning_modules.arguments import demand_at_least

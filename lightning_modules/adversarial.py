@@ -39,16 +39,13 @@ class AdversarialModule(PaperModule):
         with self.update("generator") as minimize:
             minimize(adversarial=...)
 
-    One update toggles exactly the parameters of the named optimizers, zeroes their gradients, sums the
-    losses, runs one backward, clips (``gradient_clip``) and steps. The losses are kept in :attr:`losses` and logged.
+    One update toggles exactly the parameters of the named optimizers, zeroes their gradients, sums the losses, runs one
+    backward, clips (:attr:`gradient_clip`) and steps. The losses are kept in :attr:`losses` and logged.
 
     ``trainer.global_step`` counts *batches*: only the first optimizer step of a batch is counted, so ``max_steps``,
     checkpoint intervals and the logged axis mean what they mean with one optimizer. A batch without any update is not
     counted.
     """
-
-    gradient_clip: float | None = None
-    """Largest gradient norm an optimizer may see, None for no clipping."""
 
     gradient_penalised: tuple[str, ...] = ()
     """Networks that are differentiated twice, in which SyncBatchNorm is impossible."""
@@ -57,6 +54,8 @@ class AdversarialModule(PaperModule):
         super().__init__()
         self.automatic_optimization = False
         self.optimizer_names: list[str] = []
+        self.gradient_clip: dict[str, float] = {}
+        """Largest gradient norm by name of the optimizer; the others are not clipped."""
         self._updating: tuple[str, ...] = ()
         self._batch_is_counted = False
 
@@ -189,10 +188,9 @@ class AdversarialModule(PaperModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clips, which is only right here: after the gradients were unscaled."""
-        if self.gradient_clip is not None:
-            self.clip_gradients(
-                optimizer, gradient_clip_val=self.gradient_clip, gradient_clip_algorithm="norm"
-            )
+        for name, wrapped in self._optimizers_by_name().items():
+            if wrapped.optimizer is optimizer and name in self.gradient_clip:
+                self.clip_gradients(optimizer, self.gradient_clip[name], "norm")
 
     def on_train_epoch_end(self) -> None:
         """Steps the epoch schedulers, which manual optimisation leaves to us."""

@@ -66,7 +66,7 @@ def modules() -> Iterator[tuple[Path, ast.ClassDef, list[str]]]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef):
                 methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
-                if {"training_step", "test_step"} & set(methods):
+                if {"_check_arguments", "training_step", "test_step"} & set(methods):
                     yield path, node, methods
 
 

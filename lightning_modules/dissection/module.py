@@ -36,13 +36,7 @@ from lightning_modules.dissection.formulas import Formula, formula_from_json
 from lightning_modules.dissection.masks import Upsampling, unit_masks
 from lightning_modules.dissection.quantiles import Interpolation, TopKQuantile
 from lightning_modules.dissection.records import Record, explain_units
-from lightning_modules.dissection.scores import (
-    DETECTOR_IOU,
-    Scope,
-    best_category,
-    best_labels,
-    iou_from_counts,
-)
+from lightning_modules.dissection.scores import Scope, best_concepts, iou_from_counts
 from lightning_modules.dissection.search import Explanation, Mode, beam_search
 from lightning_modules.files import read_cached, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
@@ -542,16 +536,7 @@ class Dissection(PaperModule):
             area = collected.unit_area[self.hp.scope][unit][of]
         iou = iou_from_counts(inside, concepts.areas, area)
         names = [concept.name for concept in self.data.concepts.values()]
-        best = best_labels(iou[None], categories, names)[0]
-        category = best_category(best)
-        label, score = best[category]
-        return {
-            "label": label,
-            "category": category,
-            "iou": score,
-            "detector": score > DETECTOR_IOU,
-            "by_category": {name: [*pair] for name, pair in best.items()},
-        }
+        return best_concepts(iou, categories, names)
 
     # ------------------------------------------------------------------ what it says about the network
     def formula_of(self, record: Record) -> Formula | None:

@@ -46,13 +46,7 @@ from lightning_modules.dissection.nli_edits import (
 )
 from lightning_modules.dissection.quantiles import quantile_threshold
 from lightning_modules.dissection.records import Record, explain_units
-from lightning_modules.dissection.scores import (
-    DETECTOR_IOU,
-    Metric,
-    best_category,
-    best_labels,
-    iou_from_counts,
-)
+from lightning_modules.dissection.scores import Metric, best_concepts, iou_from_counts
 from lightning_modules.dissection.search import Explanation, Mode
 from lightning_modules.files import read_cached, read_tensors, whole_file
 from lightning_modules.nn.statistics import gather_over_ranks
@@ -480,16 +474,7 @@ class NLIDissection(PaperModule):
         leaves = [i for i, atom in enumerate(concepts.atoms) if isinstance(atom, Leaf)]
         names = [concepts.name(concepts.atoms[i].leaves()[0]) for i in leaves]
         kinds = [name.rsplit(":", 1)[0] if name[:3] == "oth" else name[:7] for name in names]
-        best = best_labels(iou[leaves][None], kinds, names)[0]
-        kind = best_category(best)
-        label, score = best[kind]
-        return {
-            "label": label,
-            "category": kind,
-            "iou": score,
-            "detector": score > DETECTOR_IOU,
-            "by_category": {name: [*pair] for name, pair in best.items()},
-        }
+        return best_concepts(iou[leaves], kinds, names)
 
     def _key(self, pairs: Any, labels: Tensor, vectors: dict[str, Tensor]) -> str:
         """Of everything that a record depends on."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -229,3 +229,27 @@ def best_labels(
 def best_category(best: dict[str, tuple[str, float]]) -> str:
     """The category of the best concept; the last one of several (released code)."""
     return max(reversed(best), key=lambda category: best[category][1])
+
+
+def best_concepts(iou: Tensor, categories: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """Network Dissection's answer for a unit: the best concept of every category, and of all.
+
+    Args:
+        iou: of every concept [C].
+        categories: of the concepts [C].
+        labels: of the concepts [C].
+
+    Returns:
+        ``label``, ``category`` and ``iou`` of the best concept, whether it makes the unit a ``detector``, and
+        ``by_category`` the label and IoU of the best one of each.
+    """
+    (best,) = best_labels(iou[None], categories, labels)
+    category = best_category(best)
+    label, score = best[category]
+    return {
+        "label": label,
+        "category": category,
+        "iou": score,
+        "detector": score > DETECTOR_IOU,
+        "by_category": {name: [*pair] for name, pair in best.items()},
+    }

@@ -7,17 +7,20 @@ Banner, Nahshan, Soudry, "Post Training 4-bit Quantization of Convolutional Netw
 import math
 from collections.abc import Iterable
 from functools import cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import lambertw
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.zaq.moments import ChannelMoments, clipped_normal_mean, clipped_normal_var
 from lightning_modules.zaq.quantizers import affine_qparams, extremes, fake_quantize
 
 Distribution = Literal["laplace", "gauss"]
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def aciq_mse(
@@ -40,7 +43,7 @@ def aciq_mse(
     Raises:
         ValueError: unknown distribution.
     """
-    _check(distribution)
+    demand_choice(Distribution, distribution=distribution)
     alpha = torch.as_tensor(alpha, dtype=torch.float64)
     rounding = alpha.square() / (3 * 4.0**num_bits)
     x = alpha / scale
@@ -64,9 +67,8 @@ def aciq_alpha(
     Raises:
         ValueError: unknown distribution, or less than one bit.
     """
-    _check(distribution)
-    if num_bits < 1:
-        raise ValueError(f"num_bits={num_bits} must be at least 1")
+    demand_choice(Distribution, distribution=distribution)
+    demand_at_least(1, num_bits=num_bits)
     return _alpha(num_bits + positive, distribution)
 
 
@@ -79,13 +81,6 @@ def _alpha(num_bits: int, distribution: Distribution) -> float:
         return aciq_mse(alpha, num_bits, distribution).item()
 
     return float(minimize_scalar(error, bounds=(0.1, 20), options={"xatol": 1e-9}).x)
-
-
-def _check(distribution: str) -> None:
-    if distribution not in get_args(Distribution):
-        raise ValueError(
-            f"unknown distribution={distribution!r}; choose one of {', '.join(get_args(Distribution))}"
-        )
 
 
 class TensorStatistics(NamedTuple):
@@ -187,10 +182,8 @@ def allocate_bits(
     Raises:
         ValueError: a target outside [0, 8], or less than one pass.
     """
-    if not 0 <= target_bits <= 8:
-        raise ValueError(f"target_bits={target_bits} must be in [0, 8]")
-    if max_passes < 1:
-        raise ValueError(f"max_passes={max_passes} must be at least 1")
+    demand_at_least(0, most=8, target_bits=target_bits)
+    demand_at_least(1, max_passes=max_passes)
     shares = std.double() ** (2 / 3)
     if not shares.any():
         return torch.full_like(shares, target_bits)
@@ -291,6 +284,3 @@ def round_weights(
         weight.copy_(restore_weight_moments(weight, rounded) if restore else rounded)
         found[name] = channels
     return found
-
-
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

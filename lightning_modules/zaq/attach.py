@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_modules.arguments import demand_choice
 from lightning_modules.nn.modes import eval_mode
 from lightning_modules.zaq.observers import ActivationQuantizer, Observer
 from lightning_modules.zaq.quantizers import (
@@ -194,8 +195,7 @@ def quantize_model(
     ):
         if bits is not None:
             check_bits(name, bits)
-    if placement not in get_args(Placement):
-        raise ValueError(f"unknown placement={placement!r}; choose one of relu, full")
+    demand_choice(Placement, placement=placement)
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLayer | ActivationQuantizer):
             raise ValueError(f"the network is quantized already (its {path}); give the float one")

@@ -80,7 +80,6 @@ class Quantizer:
 
     Attributes:
         spec: everything but the bits of the weights.
-        taps: names of modules whose outputs are compared.
     """
 
     spec: QuantSpec = field(default_factory=QuantSpec)
@@ -91,7 +90,6 @@ class Quantizer:
     first_bits: int | None = None
     last_bits: int | None = None
     overrides: Mapping[str, int | None] = field(default_factory=dict)
-    taps: tuple[str, ...] = ()
 
     def attach(
         self, network: nn.Module, width: Width, observer: Observer | None = None, **changes: Any

@@ -1,6 +1,6 @@
 """ZAQ of a detector."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -8,6 +8,7 @@ from torchmetrics import Metric
 from lightning_modules.metrics.detection import DetectionAveragePrecision
 from lightning_modules.supervised.detector import Detector
 from lightning_modules.zaq.comparison import ComparedMethods
+from lightning_modules.zaq.methods import Baseline
 
 
 class MeanAveragePrecision(DetectionAveragePrecision):
@@ -42,7 +43,7 @@ class ZAQDetection(ComparedMethods):
     teacher_class = Detector
     teacher: Detector
     truth = ("boxes", "object_labels")
-    refused = {  # noqa: RUF012
+    refused: ClassVar[dict[Baseline, str]] = {
         "gdfq": "GDFQ draws a class for every image and has P classify it, and a detector's images have none",
         "zeroq_kd": "it distils the class of an image, and a detector's images have none",
         "mixed": "sensitivities compare the class of an image, and a detector's images have none",
@@ -61,6 +62,7 @@ class ZAQDetection(ComparedMethods):
     ) -> None:
         super().__init__(num_classes, network, image_size=image_size, width=width, **options)
 
+    # ------------------------------------------------------------------ what P does
     def teacher_options(self) -> dict[str, Any]:
         """What ``predict`` reports."""
         return {"score_threshold": self.hp.score_threshold}
@@ -74,6 +76,7 @@ class ZAQDetection(ComparedMethods):
         terms = self.teacher.loss_terms(batch, student)
         return {f"q_{name}": loss for name, loss in terms.items()}
 
+    # ------------------------------------------------------------------ evaluation
     def new_score(self) -> Metric:
         """Mean average precision by the rules of PASCAL VOC."""
         return MeanAveragePrecision(self.hp.num_classes)

@@ -15,13 +15,14 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_modules.arguments import demand_choice
 from lightning_modules.zaq.attach import trace
 from lightning_modules.zaq.folding import fold_batchnorm
 from lightning_modules.zaq.moments import (
@@ -70,10 +71,7 @@ def cross_layer_equalize(
     Raises:
         ValueError: unknown range, or layers that do not follow each other.
     """
-    if range not in get_args(EqualizationRange):
-        raise ValueError(
-            f"unknown range={range!r}; choose one of {', '.join(get_args(EqualizationRange))}"
-        )
+    demand_choice(EqualizationRange, range=range)
     inputs = _by_input_channel(weight2, len(weight1), groups)
     r1, r2 = _extent(weight1.flatten(1), range), _extent(inputs.flatten(1), range)
     scale = (r1 / r2).sqrt()

@@ -27,6 +27,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lightning_modules.adversarial import AdversarialModule
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.checkpoints import load_frozen
 from lightning_modules.nn.norm import Norm
 from lightning_modules.randomness import keyed_generator
@@ -58,7 +59,9 @@ from lightning_modules.zaq.methods import (
     PRESETS,
     Baseline,
     BNMode,
-    Decay,
+    GeneratorBatch,
+    RangeSource,
+    Schedule,
     Stage,
     Trained,
     Training,
@@ -101,7 +104,7 @@ class QuantizationGame(AdversarialModule):
         lr_q: learning rate of Q at the start, for SGD with momentum 0.9 (released code: 0.1).
         weight_decay: of Q.
         lr_g: learning rate of the generator, for Adam.
-        lr_decay: ``step`` divides both by 10 at one and two thirds of a game (released code), ``cosine`` takes them
+        lr_schedule: ``step`` divides both by 10 at one and two thirds of a game (released code), ``cosine`` takes them
             to 0.
         clip_q: largest gradient norm of Q.
         generator_batch: batch norms of a generator see the images of this process (``local``), or those of all
@@ -169,12 +172,12 @@ class QuantizationGame(AdversarialModule):
         lr_q: float = 0.1,
         weight_decay: float = 5e-4,
         lr_g: float = 1e-3,
-        lr_decay: Decay = "step",
+        lr_schedule: Schedule = "step",
         clip_q: float | None = None,
-        generator_batch: Literal["local", "global"] = "local",
+        generator_batch: GeneratorBatch = "local",
         observer: Observer = "minmax",
         percentile: float = 99.99,
-        range_source: Literal["generated", "batch_norms"] = "generated",
+        range_source: RangeSource = "generated",
         placement: Placement = "relu",
         symmetric: bool = False,
         per_channel: bool = True,
@@ -189,8 +192,6 @@ class QuantizationGame(AdversarialModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=[] if isinstance(network, str) else ["network"])
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset={preset!r}; choose one of {', '.join(PRESETS)}")
         self.widths = [parse_width(text) for text in widths]
         self._check_arguments()
         # In a context of its own: the command line would give it this module's hyper-parameters.
@@ -212,6 +213,8 @@ class QuantizationGame(AdversarialModule):
         )
         self.stages = self._stages()
         self._build_networks()
+        if clip_q is not None:
+            self.gradient_clip = {f"{stage.key}_student": clip_q for stage in self.stages}
         self.layer_distances: Tensor | None = None
         """Mean [L] over Q's steps of the last batch; None where no layers are weighted."""
         self._distilled: Tensor | None = None
@@ -220,64 +223,30 @@ class QuantizationGame(AdversarialModule):
         # The schedulers of the stages to come are stepped as well, to where their stage begins.
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
 
-    # ------------------------------------------------------------------ what P does
-    def teacher_options(self) -> dict[str, Any]:
-        """Further arguments of :attr:`teacher_class`."""
-        return {}
-
-    def compared(self, outputs: Any) -> Outputs:
-        """The outputs of a network in which P and Q are compared."""
-        raise NotImplementedError
-
-    def ft_losses(self, student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The losses, scalars by name, of a quantized copy on a batch with its :attr:`truth`."""
-        raise NotImplementedError
-
-    # ------------------------------------------------------------------ construction
-    def _float_module(self, network: str | nn.Module) -> SupervisedModule:
-        hp = self.hp
-        return self.teacher_class(
-            hp.num_classes,
-            network=network,
-            in_channels=hp.in_channels,
-            width=hp.width,
-            norm=hp.norm,
-            **self.teacher_options(),
-        )
-
     def _check_arguments(self) -> None:
         hp = self.hp
-        least = {"epochs": 1, "iterations": 1, "q_steps": 1, "teacher_steps": 1, "image_size": 1}
-        self._demand_at_least(**least, ft_epochs=1)
+        demand_choice(PRESETS, option="--model.", preset=hp.preset)
+        demand_choice(FeatureLoss, option="--model.", feature_loss=self.setting("feature_loss"))
+        demand_choice(BNMode, option="--model.", bn_mode=self.setting("bn_mode"))
+        demand_choice(RelationMode, option="--model.", relation_mode=hp.relation_mode)
+        demand_choice(Schedule, option="--model.", lr_schedule=hp.lr_schedule)
+        demand_choice(GeneratorBatch, option="--model.", generator_batch=hp.generator_batch)
+        demand_choice(RangeSource, option="--model.", range_source=hp.range_source)
+        lengths = ("epochs", "iterations", "q_steps", "teacher_steps", "ft_epochs", "zeroq_steps")
+        sizes = {name: hp[name] for name in (*lengths, "image_size", "zeroq_images")}
+        demand_at_least(1, option="--model.", **sizes)
+        weights = {name: self.setting(name) for name in ("alpha", "beta", "bns_weight")}
+        demand_at_least(0, option="--model.", range_epochs=hp.range_epochs, **weights)
         if not self.widths or len(set(self.widths)) < len(self.widths):
             raise ValueError(
                 f"widths={list(hp.widths)} must name each width once, and at least one"
             )
-        known = get_args(Baseline)
         for name in hp.baselines:
-            if name not in known:
-                raise ValueError(f"unknown baseline {name!r}; choose from {', '.join(known)}")
+            demand_choice(Baseline, option="--model.", baselines=name)
             if name in self.refused:
                 raise ValueError(
                     f"no {name} here: {self.refused[name]}; leave it out of --model.baselines"
                 )
-        for name in ("alpha", "beta", "bns_weight"):
-            if self.setting(name) < 0:
-                raise ValueError(f"{name}={self.setting(name)} must not be negative")
-        if hp.range_epochs is not None and hp.range_epochs < 0:
-            raise ValueError(f"range_epochs={hp.range_epochs} must not be negative; 0 for always")
-
-    def _demand_at_least(self, **least: int) -> None:
-        for name, value in least.items():
-            if self.hp[name] < value:
-                raise ValueError(
-                    f"{name}={self.hp[name]} must be at least {value} (--model.{name})"
-                )
-
-    @property
-    def float_network(self) -> nn.Module:
-        """P, which takes normalised images."""
-        return cast(nn.Module, self.teacher.network)
 
     def _check_batch_norms(self) -> None:
         if has_batch_norms(self.float_network):
@@ -294,6 +263,22 @@ class QuantizationGame(AdversarialModule):
                 "or take another network"
             )
 
+    def _float_module(self, network: str | nn.Module) -> SupervisedModule:
+        hp = self.hp
+        return self.teacher_class(
+            hp.num_classes,
+            network=network,
+            in_channels=hp.in_channels,
+            width=hp.width,
+            norm=hp.norm,
+            **self.teacher_options(),
+        )
+
+    @property
+    def float_network(self) -> nn.Module:
+        """P, which takes normalised images."""
+        return cast(nn.Module, self.teacher.network)
+
     def _chosen_taps(self) -> tuple[str, ...]:
         taps = self.hp.taps
         if taps is None:
@@ -308,29 +293,6 @@ class QuantizationGame(AdversarialModule):
                 f"by --model.taps (it has {', '.join(names)} and their parts)"
             )
         return tuple(taps)
-
-    def trainings(self) -> dict[Trained, Training]:
-        """The methods that are trained; each has a ``METHOD_step(batch)``. Their order is that of ``Trained``."""
-        hp = self.hp
-        trainings: dict[Trained, Training] = {
-            "zaq": Training(hp.epochs, hp.lr_q, hp.weight_decay, lr_g=hp.lr_g)
-        }
-        if "ft" in hp.baselines:
-            trainings["ft"] = Training(hp.ft_epochs, hp.ft_lr, hp.weight_decay)
-        return trainings
-
-    def build_generator(self, method: Trained) -> nn.Module:
-        """The generator of a method that has one, with the width of its latents as ``latent_dim``."""
-        return ZAQGenerator(self.hp.latent_dim, **self._generator_size())
-
-    def _generator_size(self) -> dict[str, Any]:
-        hp = self.hp
-        return {
-            "ngf": hp.ngf,
-            "channels": hp.in_channels,
-            "img_size": hp.image_size,
-            "up_blocks": hp.up_blocks,
-        }
 
     def _stages(self) -> list[Stage]:
         trainings = self.trainings()
@@ -357,12 +319,48 @@ class QuantizationGame(AdversarialModule):
                 self.best[stage.key] = self.quantizer.attach(self.float_network, stage.width)
                 self.best[stage.key].requires_grad_(False)
 
+    def build_generator(self, method: Trained) -> nn.Module:
+        """The generator of a method that has one, with the width of its latents as ``latent_dim``."""
+        return ZAQGenerator(self.hp.latent_dim, **self._generator_size())
+
+    def _generator_size(self) -> dict[str, Any]:
+        hp = self.hp
+        return {
+            "ngf": hp.ngf,
+            "channels": hp.in_channels,
+            "img_size": hp.image_size,
+            "up_blocks": hp.up_blocks,
+        }
+
     def setting(self, name: str) -> Any:
         """An argument, or what the preset says where it was not given."""
         given = self.hp[name]
         return getattr(PRESETS[self.hp.preset], name) if given is None else given
 
+    # ------------------------------------------------------------------ what P does
+    def teacher_options(self) -> dict[str, Any]:
+        """Further arguments of :attr:`teacher_class`."""
+        return {}
+
+    def compared(self, outputs: Any) -> Outputs:
+        """The outputs of a network in which P and Q are compared."""
+        raise NotImplementedError
+
+    def ft_losses(self, student: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The losses, scalars by name, of a quantized copy on a batch with its :attr:`truth`."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ schedule
+    def trainings(self) -> dict[Trained, Training]:
+        """The methods that are trained; each has a ``METHOD_step(batch)``. Their order is that of ``Trained``."""
+        hp = self.hp
+        trainings: dict[Trained, Training] = {
+            "zaq": Training(hp.epochs, hp.lr_q, hp.weight_decay, lr_g=hp.lr_g)
+        }
+        if "ft" in hp.baselines:
+            trainings["ft"] = Training(hp.ft_epochs, hp.ft_lr, hp.weight_decay)
+        return trainings
+
     @property
     def total_epochs(self) -> int:
         """Epochs of all methods at all widths together."""
@@ -376,6 +374,10 @@ class QuantizationGame(AdversarialModule):
     def stage(self) -> Stage:
         """Whose turn it is."""
         return self.stage_at(self.current_epoch)
+
+    def stage_of(self, key: str) -> Stage:
+        """The stage with these networks."""
+        return next(stage for stage in self.stages if stage.key == key)
 
     def batches_in_epoch(self, epoch: int) -> int:
         """The same for all, whatever the size of the data."""
@@ -417,7 +419,7 @@ class QuantizationGame(AdversarialModule):
 
         def factor(epoch: int) -> float:
             done = min(max(epoch - stage.start, 0), stage.epochs - 1) / stage.epochs
-            match self.hp.lr_decay:
+            match self.hp.lr_schedule:
                 case "step":
                     return 0.1 ** int(parts * done + 1e-9)
                 case "cosine":
@@ -426,86 +428,7 @@ class QuantizationGame(AdversarialModule):
 
         return factor
 
-    # ------------------------------------------------------------------ the float network
-    def setup(self, stage: str) -> None:
-        """Checks the data, and gets P where no checkpoint of this module brings it.
-
-        Raises:
-            ValueError: the data have images of another size, other classes or other truth, or P's checkpoint holds
-                another network.
-        """
-        data = getattr(self.trainer, "datamodule", None)
-        size = getattr(data, "image_size", None)
-        if size is not None and size != self.hp.image_size:
-            raise ValueError(
-                f"the model has image_size={self.hp.image_size}, the data have {size}; set --model.image_size {size} "
-                f"or --data.image_size {self.hp.image_size}"
-            )
-        if stage != "predict":
-            self._demand_truth(data)
-        self.teacher.setup(stage)
-        if stage == "fit":
-            trainer: Any = self.trainer
-            trainer.reload_dataloaders_every_n_epochs = 1
-            if self.trainer.ckpt_path is None:
-                self._get_teacher(data)
-
-    def _demand_truth(self, data: Any) -> None:
-        parts = (getattr(data, name, None) for name in ("train", "val", "test"))
-        part = next((part for part in parts if hasattr(part, "batch")), None)
-        if part is None:
-            return
-        held = part.batch(torch.zeros(1, dtype=torch.long))
-        missing = [name for name in self.truth if name not in held]
-        if missing:
-            raise ValueError(
-                f"{type(self).__name__} needs {' and '.join(missing)} of every image, {type(data).__name__} has "
-                f"{', '.join(held)}; set --data to images with {' and '.join(self.truth)}"
-            )
-
-    def _get_teacher(self, data: Any) -> None:
-        hp = self.hp
-        trained: nn.Module
-        if hp.teacher is not None:
-            trained = load_frozen(hp.teacher, "--model.teacher")
-            if not isinstance(trained, self.teacher_class):
-                raise ValueError(
-                    f"{hp.teacher} holds a {type(trained).__name__}; {type(self).__name__} needs a checkpoint of a "
-                    f"{self.teacher_class.__name__} by --model.teacher FILE"
-                )
-        else:
-            bank = getattr(data, "train", None)
-            if bank is None:
-                raise ValueError(
-                    "there is no float network: give its checkpoint by --model.teacher FILE, or training images "
-                    "that it can be trained on"
-                )
-            trained = fit_judge(  # equal on all processes
-                self._untrained,
-                bank,
-                hp.teacher_steps,
-                batch_size=64,
-                lr=hp.teacher_lr,
-                keys=("teacher",),
-                device=self.trainer.strategy.root_device,
-                description="float network",
-            )
-        try:
-            state = cast(nn.Module, trained.network).cpu().state_dict()
-            self.float_network.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{hp.teacher} does not hold the network {type(self.float_network).__name__} with "
-                f"{hp.num_classes} classes and {hp.in_channels} channels; set --model.network, --model.num_classes, "
-                f"--model.in_channels and --model.width as it was trained ({str(error).splitlines()[1].strip()})"
-            ) from error
-
-    def _untrained(self) -> SupervisedModule:
-        network = self.hp.get("network")
-        if network is None:  # a module of the user's own
-            network = copy.deepcopy(self.float_network).requires_grad_(True)
-        return self._float_module(network)
-
+    # ------------------------------------------------------------------ training
     def train(self, mode: bool = True) -> Self:
         """P and the quantized copies stay in evaluation mode; a step puts the copy it trains into another one."""
         super().train(mode)
@@ -513,11 +436,15 @@ class QuantizationGame(AdversarialModule):
             part.eval()
         return self
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image [C, H, W]."""
+        return self.hp.in_channels, self.hp.image_size, self.hp.image_size
+
     def to_network(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] as the networks take them."""
         return self.teacher.to_network(images)
 
-    # ------------------------------------------------------------------ training
     def on_train_epoch_start(self) -> None:
         """A stage begins with P's weights and statistics."""
         stage = self.stage
@@ -533,11 +460,6 @@ class QuantizationGame(AdversarialModule):
     @property
     def _ranges_are_given(self) -> bool:
         return self.stage.method == "zaq" and self.hp.range_source == "batch_norms"
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Of an image [C, H, W]."""
-        return self.hp.in_channels, self.hp.image_size, self.hp.image_size
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One batch of the current method; unless it learns from real images it holds ``index`` alone."""
@@ -634,13 +556,6 @@ class QuantizationGame(AdversarialModule):
         with self.update(f"{self.stage.key}_student") as minimize:
             minimize(**self.ft_losses(student, batch))
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips Q's gradients."""
-        if self.hp.clip_q is not None and isinstance(optimizer, SGD):
-            self.clip_gradients(
-                optimizer, gradient_clip_val=self.hp.clip_q, gradient_clip_algorithm="norm"
-            )
-
     def _observes(self) -> bool:
         if self._ranges_are_given:
             return False
@@ -696,15 +611,84 @@ class QuantizationGame(AdversarialModule):
         """What a generator makes of latents [B, D] to be looked at, of every kind something."""
         return generator(z)
 
-    def stage_of(self, key: str) -> Stage:
-        """The stage with these networks."""
-        return next(stage for stage in self.stages if stage.key == key)
-
     def _to_pixels(self, fakes: Tensor) -> Tensor:
         if self.teacher.statistics is not None:
             mean, std = (fakes.new_tensor(v).view(-1, 1, 1) for v in self.teacher.statistics)
             fakes = fakes * std + mean
         return fakes.clamp(0, 1)
+
+    # ------------------------------------------------------------------ the float network, and checks against the data
+    def setup(self, stage: str) -> None:
+        """Checks the data, and gets P where no checkpoint of this module brings it.
+
+        Raises:
+            ValueError: the data have images of another size, other classes or other truth, or P's checkpoint holds
+                another network.
+        """
+        super().setup(stage)
+        self.demand_as_in_data(image_size="image_size")
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "predict":
+            self._demand_truth(data)
+        self.teacher.setup(stage)
+        if stage == "fit" and self.trainer.ckpt_path is None:
+            self._get_teacher(data)
+
+    def _demand_truth(self, data: Any) -> None:
+        parts = (getattr(data, name, None) for name in ("train", "val", "test"))
+        part = next((part for part in parts if hasattr(part, "batch")), None)
+        if part is None:
+            return
+        held = part.batch(torch.zeros(1, dtype=torch.long))
+        missing = [name for name in self.truth if name not in held]
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} needs {' and '.join(missing)} of every image, {type(data).__name__} has "
+                f"{', '.join(held)}; set --data to images with {' and '.join(self.truth)}"
+            )
+
+    def _get_teacher(self, data: Any) -> None:
+        hp = self.hp
+        trained: nn.Module
+        if hp.teacher is not None:
+            trained = load_frozen(hp.teacher, "--model.teacher")
+            if not isinstance(trained, self.teacher_class):
+                raise ValueError(
+                    f"{hp.teacher} holds a {type(trained).__name__}; {type(self).__name__} needs a checkpoint of a "
+                    f"{self.teacher_class.__name__} by --model.teacher FILE"
+                )
+        else:
+            bank = getattr(data, "train", None)
+            if bank is None:
+                raise ValueError(
+                    "there is no float network: give its checkpoint by --model.teacher FILE, or training images "
+                    "that it can be trained on"
+                )
+            trained = fit_judge(  # equal on all processes
+                self._untrained,
+                bank,
+                hp.teacher_steps,
+                batch_size=64,
+                lr=hp.teacher_lr,
+                keys=("teacher",),
+                device=self.trainer.strategy.root_device,
+                description="float network",
+            )
+        try:
+            state = cast(nn.Module, trained.network).cpu().state_dict()
+            self.float_network.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{hp.teacher} does not hold the network {type(self.float_network).__name__} with "
+                f"{hp.num_classes} classes and {hp.in_channels} channels; set --model.network, --model.num_classes, "
+                f"--model.in_channels and --model.width as it was trained ({str(error).splitlines()[1].strip()})"
+            ) from error
+
+    def _untrained(self) -> SupervisedModule:
+        network = self.hp.get("network")
+        if network is None:  # a module of the user's own
+            network = copy.deepcopy(self.float_network).requires_grad_(True)
+        return self._float_module(network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """P comes with the checkpoint."""

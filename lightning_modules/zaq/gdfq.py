@@ -9,7 +9,10 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_modules.arguments import demand_choice
 from lightning_modules.zaq.zeroq import NormInput, network_statistics_loss
+
+Reduction = Literal["mean", "batchmean"]
 
 
 def gdfq_generator_loss(
@@ -42,7 +45,7 @@ def gdfq_student_loss(
     labels: Tensor,
     temperature: float = 20.0,
     alpha: float = 1.0,
-    reduction: Literal["mean", "batchmean"] = "mean",
+    reduction: Reduction = "mean",
 ) -> dict[str, Tensor]:
     """Distillation at a temperature plus the cross entropy of Q (released code).
 
@@ -63,8 +66,7 @@ def gdfq_student_loss(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} of the distillation must be above 0")
-    if reduction not in ("mean", "batchmean"):
-        raise ValueError(f"unknown reduction={reduction!r}; choose 'mean' or 'batchmean'")
+    demand_choice(Reduction, reduction=reduction)
     divergence = F.kl_div(
         (logits_q / temperature).log_softmax(1),
         (logits_p / temperature).log_softmax(1),

@@ -6,10 +6,12 @@ takes them as they are.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from lightning_modules.arguments import demand_at_least, demand_choice
 
 Conditioning = Literal["embed-multiply", "conditional-bn"]
 
@@ -69,10 +71,7 @@ class _UpsamplingGenerator(nn.Module):
         norm: Callable[[int, float], nn.Module],
     ) -> None:
         super().__init__()
-        sizes = {"latent_dim": latent_dim, "ngf": ngf, "channels": channels, "up_blocks": up_blocks}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} of the generator must be at least 1")
+        demand_at_least(1, latent_dim=latent_dim, ngf=ngf, channels=channels, up_blocks=up_blocks)
         if img_size < 2**up_blocks or img_size % 2**up_blocks:
             raise ValueError(
                 f"{up_blocks} doublings cannot end at {img_size} pixels; img_size must be a multiple of {2**up_blocks}"
@@ -159,12 +158,8 @@ class GDFQGenerator(_UpsamplingGenerator):
         up_blocks: int = 2,
         block_eps: float = 0.8,
     ) -> None:
-        if conditioning not in get_args(Conditioning):
-            raise ValueError(
-                f"unknown conditioning={conditioning!r}; choose one of {', '.join(get_args(Conditioning))}"
-            )
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} of the generator must be at least 1")
+        demand_choice(Conditioning, conditioning=conditioning)
+        demand_at_least(1, num_classes=num_classes)
         embeds = conditioning == "embed-multiply"
 
         def norm(features: int, eps: float) -> nn.Module:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_at_least
+
 
 class LayerWeightEMA(nn.Module):
     """Moving average of the softmax of the layers' distances; all of its state is buffers.
@@ -27,10 +29,8 @@ class LayerWeightEMA(nn.Module):
 
     def __init__(self, num_layers: int, momentum: float = 0.9, temperature: float = 1.0) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers={num_layers} must be at least 1 (--model.taps)")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum={momentum} of the layer weights must be in [0, 1]")
+        demand_at_least(1, num_layers=num_layers)
+        demand_at_least(0, most=1, momentum=momentum)
         if not temperature > 0:
             raise ValueError(f"temperature={temperature} of the layer weights must be above 0")
         self.momentum, self.temperature = momentum, temperature

@@ -5,13 +5,14 @@ called SCRM here; the channel relation map and its layer weights are in the pape
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_reduce
 
+from lightning_modules.arguments import demand_choice
 from lightning_modules.zaq.quantizers import full_precision
 
 RelationMode = Literal["batch", "sample"]
@@ -49,10 +50,7 @@ def channel_relation_map(
 
 
 def _gram(feat: Tensor, mode: RelationMode, sync: bool = False) -> Tensor:
-    if mode not in get_args(RelationMode):
-        raise ValueError(
-            f"unknown mode={mode!r}; choose one of {', '.join(get_args(RelationMode))}"
-        )
+    demand_choice(RelationMode, mode=mode)
     # Half precision cannot hold squared norms of small features.
     with torch.autocast(feat.device.type, enabled=False):
         vectors = full_precision(feat).flatten(2)
@@ -160,10 +158,7 @@ def layer_distances(
     Raises:
         ValueError: unknown kind or mode, no map, or maps that do not correspond.
     """
-    if kind not in get_args(FeatureLoss):
-        raise ValueError(
-            f"unknown feature loss kind={kind!r}; choose one of {', '.join(get_args(FeatureLoss))}"
-        )
+    demand_choice(FeatureLoss, kind=kind)
     if not feats_p or len(feats_p) != len(feats_q):
         raise ValueError(
             f"{len(feats_p)} feature maps of P and {len(feats_q)} of Q; give as many of both, at least one "

@@ -10,7 +10,9 @@ Baseline = Literal["rq", "dfq", "aciq", "zeroq", "mixed", "zeroq_kd", "gdfq", "f
 Trained = Literal["zaq", "zeroq_kd", "gdfq", "ft"]
 """In the order of their stages."""
 BNMode = Literal["frozen", "train"]
-Decay = Literal["constant", "step", "cosine"]
+GeneratorBatch = Literal["local", "global"]
+RangeSource = Literal["generated", "batch_norms"]
+Schedule = Literal["constant", "step", "cosine"]
 
 ROWS = {
     "float": "float",

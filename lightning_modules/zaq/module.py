@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_modules.arguments import demand_at_least
 from lightning_modules.supervised.classifier import NO_CLASS, Classifier
 from lightning_modules.zaq.attach import calibrate
 from lightning_modules.zaq.comparison import ComparedMethods
@@ -64,6 +65,27 @@ class ZAQ(ComparedMethods):
     ) -> None:
         super().__init__(num_classes, network, **options)
 
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
+        hp = self.hp
+        lengths = ("gdfq_epochs", "gdfq_warmup_epochs", "gdfq_latent_dim", "zeroq_kd_epochs")
+        demand_at_least(1, option="--model.", **{name: hp[name] for name in lengths})
+        weights = {name: hp[name] for name in ("gdfq_bns_weight", "gdfq_alpha")}
+        demand_at_least(0, option="--model.", **weights)
+        if not hp.gdfq_temperature > 0:
+            raise ValueError(
+                f"gdfq_temperature={hp.gdfq_temperature} must be above 0 (--model.gdfq_temperature)"
+            )
+        if hp.pretrained and hp.teacher is not None:
+            raise ValueError("P is either --model.teacher or --model.pretrained, not both")
+
+    def build_generator(self, method: Trained) -> nn.Module:
+        """GDFQ's takes classes."""
+        if method != "gdfq":
+            return super().build_generator(method)
+        hp = self.hp
+        return GDFQGenerator(hp.num_classes, hp.gdfq_latent_dim, **self._generator_size())
+
     # ------------------------------------------------------------------ what P does
     def teacher_options(self) -> dict[str, Any]:
         """Torchvision's weights, if they are wanted."""
@@ -78,6 +100,71 @@ class ZAQ(ComparedMethods):
         logits = student(self.to_network(batch["image"]))
         return {"q_classification": F.cross_entropy(logits, batch["label"])}
 
+    # ------------------------------------------------------------------ schedule
+    def trainings(self) -> dict[Trained, Training]:
+        """With GDFQ and distillation, if they are wanted."""
+        hp, trainings = self.hp, super().trainings()
+        # Released code of GDFQ: rates fall at 100, 200 and 300 of 400 epochs.
+        student = Training(hp.gdfq_epochs, hp.gdfq_lr_q, 1e-4, nesterov=True, decay_parts=4)
+        if "zeroq_kd" in hp.baselines:
+            trainings["zeroq_kd"] = student._replace(epochs=hp.zeroq_kd_epochs)
+        if "gdfq" in hp.baselines:
+            trainings["gdfq"] = student._replace(lr_g=hp.gdfq_lr_g, betas=(0.5, 0.999))
+        return trainings
+
+    # ------------------------------------------------------------------ training
+    def on_train_epoch_start(self) -> None:
+        """Distillation begins with the ranges of ZeroQ's images."""
+        super().on_train_epoch_start()
+        stage = self.stage
+        if stage.method == "zeroq_kd" and self.current_epoch == stage.start:
+            calibrate(self.students[stage.key], [self.distilled_images()])
+
+    def zeroq_kd_step(self, batch: dict[str, Any]) -> None:
+        """An update of Q on as many distilled images as the batch has rows, whose labels are what P says."""
+        student = self._student_in_training("frozen", observes=False)
+        images = self.distilled_images()
+        chosen = self.draw("distilled", "uniform", len(batch["index"])) * len(images)
+        images = images[chosen.long()]
+        with torch.no_grad():
+            logits = self.float_network(images)
+        self._distil(student, images, logits, logits.argmax(1))
+
+    def gdfq_step(self, batch: dict[str, Any]) -> None:
+        """An update of the generator, and one of Q on the same images, after the warm-up."""
+        hp, stage, rows = self.hp, self.stage, len(batch["index"])
+        warmup = self.current_epoch - stage.start < hp.gdfq_warmup_epochs
+        student = self._student_in_training("frozen", observes=warmup)
+        labels = (self.draw("labels", "uniform", rows) * hp.num_classes).long()
+        with self.update(f"{stage.key}_generator") as minimize:
+            fakes = self._fakes("generator", rows, labels)
+            with record_norm_inputs(self.float_network) as norm_inputs:
+                logits = self.float_network(fakes)
+            terms = gdfq_generator_loss(logits, labels, norm_inputs, hp.gdfq_bns_weight)
+            minimize(
+                g_classification=terms["classification"],
+                g_statistics=hp.gdfq_bns_weight * terms["statistics"],
+            )
+        fakes, logits = fakes.detach(), logits.detach()
+        if warmup:
+            with torch.no_grad():
+                student(fakes)
+            return
+        self._distil(student, fakes, logits, labels)
+
+    def _distil(self, student: nn.Module, images: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """An update of Q on images [B, C, H, W] with P's logits [B, K] and their classes [B]."""
+        hp = self.hp
+        with self.update(f"{self.stage.key}_student") as minimize:
+            found = gdfq_student_loss(
+                student(images), logits, labels, hp.gdfq_temperature, hp.gdfq_alpha
+            )
+            minimize(
+                q_distillation=hp.gdfq_alpha * found["distillation"],
+                q_classification=found["classification"],
+            )
+
+    # ------------------------------------------------------------------ evaluation
     def new_score(self) -> Metric:
         """Accuracy over the images that are of one of the classes."""
         return MulticlassAccuracy(self.hp.num_classes, average="micro", ignore_index=NO_CLASS)
@@ -101,91 +188,14 @@ class ZAQ(ComparedMethods):
             "float_label": [names[k] for k in self.teacher(batch["image"]).argmax(1).tolist()],
         }
 
-    def _check_arguments(self) -> None:
-        super()._check_arguments()
-        self._demand_at_least(gdfq_epochs=1, gdfq_warmup_epochs=1, zeroq_kd_epochs=1)
-        if self.hp.pretrained and self.hp.teacher is not None:
-            raise ValueError("P is either --model.teacher or --model.pretrained, not both")
-
-    def _get_teacher(self, data: Any) -> None:
-        if not self.hp.pretrained:
-            super()._get_teacher(data)
-
-    # ------------------------------------------------------------------ baselines that learn from classes
-    def trainings(self) -> dict[Trained, Training]:
-        """With GDFQ and distillation, if they are wanted."""
-        hp, trainings = self.hp, super().trainings()
-        # Released code of GDFQ: rates fall at 100, 200 and 300 of 400 epochs.
-        student = Training(hp.gdfq_epochs, hp.gdfq_lr_q, 1e-4, nesterov=True, decay_parts=4)
-        if "zeroq_kd" in hp.baselines:
-            trainings["zeroq_kd"] = student._replace(epochs=hp.zeroq_kd_epochs)
-        if "gdfq" in hp.baselines:
-            trainings["gdfq"] = student._replace(lr_g=hp.gdfq_lr_g, betas=(0.5, 0.999))
-        return trainings
-
-    def build_generator(self, method: Trained) -> nn.Module:
-        """GDFQ's takes classes."""
-        if method != "gdfq":
-            return super().build_generator(method)
-        hp = self.hp
-        return GDFQGenerator(hp.num_classes, hp.gdfq_latent_dim, **self._generator_size())
-
-    def gdfq_step(self, batch: dict[str, Any]) -> None:
-        """An update of the generator, and one of Q on the same images, after the warm-up."""
-        hp, stage, rows = self.hp, self.stage, len(batch["index"])
-        warmup = self.current_epoch - stage.start < hp.gdfq_warmup_epochs
-        student = self._student_in_training("frozen", observes=warmup)
-        labels = (self.draw("labels", "uniform", rows) * hp.num_classes).long()
-        with self.update(f"{stage.key}_generator") as minimize:
-            fakes = self._fakes("generator", rows, labels)
-            with record_norm_inputs(self.float_network) as norm_inputs:
-                logits = self.float_network(fakes)
-            terms = gdfq_generator_loss(logits, labels, norm_inputs, hp.gdfq_bns_weight)
-            minimize(
-                g_classification=terms["classification"],
-                g_statistics=hp.gdfq_bns_weight * terms["statistics"],
-            )
-        fakes, logits = fakes.detach(), logits.detach()
-        if warmup:
-            with torch.no_grad():
-                student(fakes)
-            return
-        with self.update(f"{stage.key}_student") as minimize:
-            found = gdfq_student_loss(
-                student(fakes), logits, labels, hp.gdfq_temperature, hp.gdfq_alpha
-            )
-            minimize(
-                q_distillation=hp.gdfq_alpha * found["distillation"],
-                q_classification=found["classification"],
-            )
-
-    def on_train_epoch_start(self) -> None:
-        """Distillation begins with the ranges of ZeroQ's images."""
-        super().on_train_epoch_start()
-        stage = self.stage
-        if stage.method == "zeroq_kd" and self.current_epoch == stage.start:
-            calibrate(self.students[stage.key], [self.distilled_images()])
-
-    def zeroq_kd_step(self, batch: dict[str, Any]) -> None:
-        """An update of Q on as many distilled images as the batch has rows, whose labels are what P says."""
-        hp = self.hp
-        student = self._student_in_training("frozen", observes=False)
-        images = self.distilled_images()
-        chosen = self.draw("distilled", "uniform", len(batch["index"])) * len(images)
-        images = images[chosen.long()]
-        with torch.no_grad():
-            logits = self.float_network(images)
-        with self.update(f"{self.stage.key}_student") as minimize:
-            found = gdfq_student_loss(
-                student(images), logits, logits.argmax(1), hp.gdfq_temperature, hp.gdfq_alpha
-            )
-            minimize(
-                q_distillation=hp.gdfq_alpha * found["distillation"],
-                q_classification=found["classification"],
-            )
-
+    # ------------------------------------------------------------------ pictures
     def pictures_of(self, generator: nn.Module, z: Tensor) -> Tensor:
         """GDFQ's go through the classes."""
         if not isinstance(generator, GDFQGenerator):
             return super().pictures_of(generator, z)
         return generator(z, torch.arange(len(z), device=z.device) % self.hp.num_classes)
+
+    # ------------------------------------------------------------------ the float network
+    def _get_teacher(self, data: Any) -> None:
+        if not self.hp.pretrained:
+            super()._get_teacher(data)

@@ -1,10 +1,11 @@
 """Activation quantizers: fake quantization over a range that is observed, then frozen."""
 
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
+from lightning_modules.arguments import demand_choice
 from lightning_modules.zaq.aciq import Distribution, aciq_alpha
 from lightning_modules.zaq.quantizers import (
     STE,
@@ -65,11 +66,8 @@ class ActivationQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_bits("bits", bits)
-        if observer not in get_args(Observer):
-            names = ", ".join(get_args(Observer))
-            raise ValueError(f"unknown observer={observer!r}; choose one of {names}")
-        if distribution not in ("laplace", "gauss"):
-            raise ValueError(f"unknown distribution={distribution!r}; choose one of laplace, gauss")
+        demand_choice(Observer, observer=observer)
+        demand_choice(Distribution, distribution=distribution)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum} must be in [0, 1)")
         if not 50 < percentile <= 100:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.arguments import demand_choice
+
 STE = Literal["identity", "clipped"]
 """Straight-through estimators: the gradient passes everywhere (released code), or not where a code was clamped."""
 
@@ -64,7 +66,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_bits("bits", self.bits)
-        _check_ste(self.ste)
+        demand_choice(STE, ste=self.ste)
 
 
 def integer_range(
@@ -172,7 +174,7 @@ def fake_quantize(
     Raises:
         ValueError: unknown estimator.
     """
-    _check_ste(ste)
+    demand_choice(STE, ste=ste)
     x = full_precision(x)
     scale, zero_point = _along(scale, x, ch_axis), _along(zero_point, x, ch_axis)
     return cast(Tensor, _StraightThrough.apply(x, scale, zero_point, qmin, qmax, ste == "clipped"))
@@ -273,16 +275,12 @@ def _along(values: Tensor, x: Tensor, ch_axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
-def _check_ste(ste: str) -> None:
-    if ste not in ("identity", "clipped"):
-        raise ValueError(f"unknown ste={ste!r}; choose one of identity, clipped")
-
-
 class QuantizedLayer(nn.Module):
     """What the quantized layers share: weights that are rounded in every forward, latent ones that are trained.
 
     The range of the weights is their minimum and maximum now, as in the released code, so there is nothing to
     observe. Parameters keep the names of the float layer; biases stay in floating point. Autocast is off inside.
+    Arguments are those of the float layer and ``spec``.
 
     Attributes:
         spec: how the weights are quantized.
@@ -291,6 +289,10 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     spec: QuantSpec
     transposed: bool = False  # the convolutions say themselves
+
+    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spec = spec or QuantSpec()
 
     def channels_first(self, weight: Tensor) -> Tensor:
         """The weight as [C_out, ...], one row for every output channel."""
@@ -351,10 +353,6 @@ class QuantizedLayer(nn.Module):
 class QuantConv1d(QuantizedLayer, nn.Conv1d):
     """``nn.Conv1d`` with quantized weights."""
 
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
-
     def forward(self, input: Tensor) -> Tensor:
         """[B, C_in, L] to [B, C_out, L']."""
         with torch.autocast(input.device.type, enabled=False):
@@ -364,10 +362,6 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """``nn.Conv2d`` with quantized weights, depthwise and grouped ones too."""
 
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
-
     def forward(self, input: Tensor) -> Tensor:
         """[B, C_in, H, W] to [B, C_out, H', W']."""
         with torch.autocast(input.device.type, enabled=False):
@@ -376,10 +370,6 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with quantized weights; a channel is an output channel, in every group its own."""
-
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[B, C_in, H, W] to [B, C_out, H', W']."""
@@ -408,10 +398,6 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
 class QuantLinear(QuantizedLayer, nn.Linear):
     """``nn.Linear`` with quantized weights."""
-
-    def __init__(self, *args: Any, spec: QuantSpec | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.spec = spec or QuantSpec()
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., D_in] to [..., D_out]."""

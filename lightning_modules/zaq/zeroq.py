@@ -6,7 +6,7 @@ paper alone; the released code does not have them.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
+from lightning_modules.arguments import demand_at_least, demand_choice
 from lightning_modules.nn.modes import eval_mode, frozen
 from lightning_modules.randomness import keyed_generator
 
 StatisticsKind = Literal["zeroq", "gdfq"]
+Init = Literal["gaussian", "released"]
 
 
 class NormInput(NamedTuple):
@@ -85,10 +87,7 @@ def bn_statistics_loss(
     Raises:
         ValueError: unknown kind.
     """
-    if kind not in get_args(StatisticsKind):
-        raise ValueError(
-            f"unknown kind={kind!r}; choose one of {', '.join(get_args(StatisticsKind))}"
-        )
+    demand_choice(StatisticsKind, kind=kind)
     positions = feat.flatten(2) if feat.dim() > 2 else feat.unsqueeze(2)
     if kind == "gdfq":
         var, mean = torch.var_mean(positions, (0, 2), correction=0)
@@ -148,7 +147,7 @@ def distill_data(
     steps: int = 500,
     lr: float = 0.5,
     batch_size: int = 32,
-    init: Literal["gaussian", "released"] = "gaussian",
+    init: Init = "gaussian",
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Tensor:
@@ -177,11 +176,8 @@ def distill_data(
         ValueError: no batch norm with running statistics, a number below 1, or an unknown init.
         RuntimeError: the loss is not finite.
     """
-    for name, value in {"count": count, "steps": steps, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} of the distillation must be at least 1")
-    if init not in ("gaussian", "released"):
-        raise ValueError(f"unknown init={init!r}; choose 'gaussian' or 'released'")
+    demand_at_least(1, count=count, steps=steps, batch_size=batch_size)
+    demand_choice(Init, init=init)
     batches = torch.arange(count).split(batch_size)
     with tqdm(total=len(batches) * steps, desc="distil", disable=not progress, leave=False) as bar:
         parts = [
@@ -191,7 +187,7 @@ def distill_data(
     return torch.cat(parts)
 
 
-def _noise(indices: Tensor, shape: Sequence[int], init: str) -> Tensor:
+def _noise(indices: Tensor, shape: Sequence[int], init: Init) -> Tensor:
     images = []
     for index in indices.tolist():
         generator = keyed_generator("zeroq", "image", index)
@@ -331,7 +327,7 @@ def allocate_mixed_precision(
     if rest[0] > budget_bits:
         raise ValueError(
             f"a budget of {budget_bits} bits is below the {rest[0]} that all layers take at {min(bits)} bits; raise it "
-            "(--model.budget_bits) or allow smaller widths"
+            "or allow smaller widths"
         )
     rest = np.append(rest[1:], 0)
     used, total = np.zeros(1, np.int64), np.zeros(1)

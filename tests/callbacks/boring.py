@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -98,3 +99,14 @@ def boring_trainer(directory: Path, **options: Any) -> Trainer:
         "log_every_n_steps": 1,
     }
     return Trainer(**{**defaults, **options})
+
+
+def assert_one_and_two_agree(folder: Path, table: str, rows: int) -> None:
+    """Compares the table that one process wrote below ``one`` with that of two processes below ``two``."""
+    one, two = (
+        (folder / name / "tables" / table).read_text().splitlines() for name in ("one", "two")
+    )
+    assert len(one) == 1 + rows
+    for mine, theirs in zip(one[1:], two[1:], strict=True):
+        for a, b in zip(mine.split(","), theirs.split(","), strict=True):
+            assert a == b or float(a) == pytest.approx(float(b), abs=1e-6)

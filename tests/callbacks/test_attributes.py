@@ -14,7 +14,7 @@ from torchvision.io import decode_image
 
 from callbacks.attributes import AttributeReport
 from lightning_modules.paper import PaperModule
-from tests.callbacks.boring import BoringGAN, boring_trainer
+from tests.callbacks.boring import BoringGAN, assert_one_and_two_agree, boring_trainer
 from tests.processes import run_fresh
 
 SIZE = 8
@@ -233,14 +233,7 @@ for name, options in (("two", {"devices": 2, "strategy": "ddp_fork"}), ("one", {
 
 def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
     run_fresh(TWO, str(tmp_path))
-    one, two = (
-        (tmp_path / name / "tables" / "attributes-table.csv").read_text().splitlines()
-        for name in ("one", "two")
-    )
-    assert len(one) == 7
-    for mine, theirs in zip(one[1:], two[1:], strict=True):
-        for a, b in zip(mine.split(","), theirs.split(","), strict=True):
-            assert a == b or float(a) == pytest.approx(float(b), abs=1e-6)
+    assert_one_and_two_agree(tmp_path, "attributes-table.csv", rows=6)
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_measures_every_n_batches_with_the_batch_count_as_step(tmp_path: Path) -
 
 def test_gradient_norms_are_those_before_clipping(tmp_path: Path) -> None:
     module = NormWitness()
-    module.gradient_clip = 1e-3
+    module.gradient_clip = {"discriminator": 1e-3, "generator": 1e-3}
     logger = _fit(tmp_path, module, every=1, max_epochs=1)
     assert len(logger.rows) == 4
     for position, (_, row) in enumerate(logger.rows):

@@ -15,7 +15,7 @@ from torchvision.io import decode_image
 from callbacks.translation import TranslationReport
 from lightning_modules.paper import PaperModule
 from lightning_modules.supervised import Segmenter, fit_judge
-from tests.callbacks.boring import BoringGAN, boring_trainer
+from tests.callbacks.boring import BoringGAN, assert_one_and_two_agree, boring_trainer
 from tests.processes import run_fresh
 
 SIZE = 8
@@ -279,14 +279,7 @@ run(Path(sys.argv[1]) / "one")
 
 def test_two_processes_say_what_one_says(tmp_path: Path) -> None:
     run_fresh(TWO, str(tmp_path))
-    one, two = (
-        (tmp_path / name / "tables" / "translation_AtoB-table.csv").read_text().splitlines()
-        for name in ("one", "two")
-    )
-    assert len(one) == 4
-    for mine, theirs in zip(one[1:], two[1:], strict=True):
-        for a, b in zip(mine.split(","), theirs.split(","), strict=True):
-            assert a == b or float(a) == pytest.approx(float(b), abs=1e-6)
+    assert_one_and_two_agree(tmp_path, "translation_AtoB-table.csv", rows=3)
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

@@ -21,8 +21,7 @@ from lightning_modules.metrics.translation import gan_test_accuracy, gan_train_a
 from lightning_modules.stargan.labels import one_hot
 from lightning_modules.stargan.losses import weighted
 from lightning_modules.stargan.module import Task
-from lightning_modules.stargan.released import load_reference_state_dict
-from tests.golden_adapters.stargan import logged
+from tests.golden_adapters.stargan import Scripted, loaded, logged, losses_and_gradients
 from tests.scripted import fit_one_epoch
 
 Case = dict[str, Any]
@@ -156,9 +155,7 @@ def classifier_sizes(case: Case) -> Values:
 
 def _discriminator(inputs: Case) -> MatchGANDiscriminator:
     sizes = {name: inputs[name] for name in ("image_size", "conv_dim", "c_dim", "repeat_num")}
-    network = MatchGANDiscriminator(**sizes).double()
-    load_reference_state_dict(network, {k: _tensor(v) for k, v in inputs["state_dict"].items()})
-    return network
+    return loaded(MatchGANDiscriminator(**sizes), inputs)
 
 
 @torch.no_grad()
@@ -175,43 +172,14 @@ def match_head(case: Case) -> Values:
 
 
 # ------------------------------------------------------------------ steps
-class _ScriptedMatchGAN(MatchGAN):
-    """Has networks and draws of a case, and keeps what every batch logs."""
-
+class _ScriptedMatchGAN(Scripted, MatchGAN):
     def __init__(self, inputs: Case, **arguments: Any) -> None:
-        g, d = inputs["g"], inputs["d"]
-        given = {ours: inputs[theirs] for theirs, ours in OPTIONS.items() if theirs in inputs}
-        super().__init__(
-            image_size=d["image_size"],
-            ngf=g["conv_dim"],
-            n_blocks=g["repeat_num"],
-            ndf=d["conv_dim"],
-            n_layers=d["repeat_num"],
-            attributes=[f"a{i}" for i in range(g["c_dim"])],
-            **given,
-            **arguments,
-        )
-        for network, part in ((self.generator, g), (self.discriminator, d)):
-            state = {name: _tensor(value) for name, value in part["state_dict"].items()}
-            load_reference_state_dict(network.double(), state)
+        names = [f"a{i}" for i in range(inputs["g"]["c_dim"])]
+        super().__init__(inputs, attributes=names, **arguments)
         self.chosen = iter(inputs.get("target_ids", []))
-        self.alphas = iter(inputs.get("alphas", []))
-        self.steps: list[dict[str, Tensor]] = []
 
     def draw_targets(self, labels: int, block: int) -> Tensor:
         return torch.tensor(next(self.chosen))
-
-    def draw_alpha(self, task: Task) -> Tensor:
-        return _tensor(next(self.alphas))
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        self.steps.append(self.losses)
-
-
-SAME = ("lambda_cls", "lambda_rec", "lambda_gp", "lambda_match", "n_critic", "betas")
-OPTIONS = {name: name for name in SAME} | {"g_lr": "lr_g", "d_lr": "lr_d"}
-"""Options of a case, and what the module calls them."""
 
 
 def step(case: Case) -> Values:
@@ -232,23 +200,7 @@ def step(case: Case) -> Values:
         module.class_label(source) if known else None,
         module.class_label(target),
     )
-    fake = module.translate_raw(task.images, target).detach()
-    d_terms = module.discriminator_terms(task, fake)
-    d_terms["d_gp"] = module.penalty(task, fake, _tensor(inputs["alpha"]))
-    g_terms = module.generator_terms(task)
-    d_loss, g_loss = (_total(terms, inputs) for terms in (d_terms, g_terms))
-    return {
-        **d_terms,
-        **g_terms,
-        "d_loss": d_loss,
-        "g_loss": g_loss,
-        "d_grad_norms": _grad_norms(d_loss, module.discriminator),
-        "g_grad_norms": _grad_norms(g_loss, module.generator),
-    }
-
-
-def _grad_norms(loss: Tensor, network: nn.Module) -> list[Tensor]:
-    return [g.norm() for g in torch.autograd.grad(loss, list(network.parameters()))]
+    return losses_and_gradients(module, task, _tensor(inputs["alpha"]))
 
 
 def trace(case: Case) -> Values:

@@ -201,7 +201,7 @@ def discriminator_sizes(case: Case) -> Values:
     }
 
 
-def _loaded(network: Any, inputs: Case) -> Any:
+def loaded(network: Any, inputs: Case) -> Any:
     state = {name: _tensor(value) for name, value in inputs["state_dict"].items()}
     load_reference_state_dict(network.double(), state)
     return network
@@ -209,12 +209,12 @@ def _loaded(network: Any, inputs: Case) -> Any:
 
 def _generator(inputs: Case) -> StarGANGenerator:
     sizes = {name: inputs[name] for name in ("conv_dim", "c_dim", "repeat_num")}
-    return _loaded(StarGANGenerator(**sizes), inputs)
+    return loaded(StarGANGenerator(**sizes), inputs)
 
 
 def _discriminator(inputs: Case) -> StarGANDiscriminator:
     sizes = {name: inputs[name] for name in ("image_size", "conv_dim", "c_dim", "repeat_num")}
-    return _loaded(StarGANDiscriminator(**sizes), inputs)
+    return loaded(StarGANDiscriminator(**sizes), inputs)
 
 
 @torch.no_grad()
@@ -233,8 +233,8 @@ def discriminator_forward(case: Case) -> Values:
 
 
 # ------------------------------------------------------------------ steps
-class _ScriptedStarGAN(StarGAN):
-    """Has networks and draws of a case, and keeps what every batch logs."""
+class Scripted(StarGAN):
+    """Has networks, options and alphas of a case, and keeps what every batch logs."""
 
     def __init__(self, inputs: Case, **arguments: Any) -> None:
         g, d = inputs["g"], inputs["d"]
@@ -248,13 +248,10 @@ class _ScriptedStarGAN(StarGAN):
             **given,
             **arguments,
         )
-        _loaded(self.generator, g)
-        _loaded(self.discriminator, d)
-        self.perms, self.alphas = iter(inputs.get("perms", [])), iter(inputs.get("alphas", []))
+        loaded(self.generator, g)
+        loaded(self.discriminator, d)
+        self.alphas = iter(inputs.get("alphas", []))
         self.steps: list[dict[str, Tensor]] = []
-
-    def draw_permutation(self, rows: int, place: int) -> Tensor:
-        return torch.tensor(next(self.perms))
 
     def draw_alpha(self, task: Task) -> Tensor:
         return _tensor(next(self.alphas))
@@ -264,7 +261,16 @@ class _ScriptedStarGAN(StarGAN):
         self.steps.append(self.losses)
 
 
-SAME = ("lambda_cls", "lambda_rec", "lambda_gp", "n_critic", "betas")
+class _ScriptedStarGAN(Scripted):
+    def __init__(self, inputs: Case, **arguments: Any) -> None:
+        super().__init__(inputs, **arguments)
+        self.perms = iter(inputs.get("perms", []))
+
+    def draw_permutation(self, rows: int, place: int) -> Tensor:
+        return torch.tensor(next(self.perms))
+
+
+SAME = ("lambda_cls", "lambda_rec", "lambda_gp", "lambda_match", "n_critic", "betas")
 OPTIONS = {name: name for name in SAME} | {"g_lr": "lr_g", "d_lr": "lr_d"}
 """Options of a case, and what the module calls them."""
 
@@ -273,12 +279,21 @@ def _names(count: int, first: str = "a") -> list[str]:
     return [f"{first}{i}" for i in range(count)]
 
 
-def _grad_norms(loss: Tensor, network: nn.Module) -> list[Tensor]:
-    return [g.norm() for g in torch.autograd.grad(loss, list(network.parameters()))]
-
-
-def _total(terms: dict[str, Tensor], module: StarGAN) -> Tensor:
-    return torch.stack(list(weighted(terms, module.weights).values())).sum()
+def losses_and_gradients(module: StarGAN, task: Task, alpha: Tensor) -> Values:
+    """What both updates of a task minimise, term by term, and the norms of the gradients."""
+    fake = module.translate_raw(task.images, task.target).detach()
+    d_terms = module.discriminator_terms(task, fake)
+    d_terms["d_gp"] = module.penalty(task, fake, alpha)
+    values: Values = {}
+    for side, terms, network in (
+        ("d", d_terms, module.discriminator),
+        ("g", module.generator_terms(task), module.generator),
+    ):
+        loss = torch.stack(list(weighted(terms, module.weights).values())).sum()
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        values |= {**terms, f"{side}_loss": loss}
+        values[f"{side}_grad_norms"] = [gradient.norm() for gradient in gradients]
+    return values
 
 
 def step(case: Case) -> Values:
@@ -292,19 +307,7 @@ def step(case: Case) -> Values:
         for c in (labels, wanted)
     )
     task = Task(_tensor(inputs["x_real"]), source, target, labels, wanted)
-    fake = module.translate_raw(task.images, target).detach()
-    d_terms = module.discriminator_terms(task, fake)
-    d_terms["d_gp"] = module.penalty(task, fake, _tensor(inputs["alpha"]))
-    g_terms = module.generator_terms(task)
-    d_loss, g_loss = (_total(terms, module) for terms in (d_terms, g_terms))
-    return {
-        **d_terms,
-        **g_terms,
-        "d_loss": d_loss,
-        "g_loss": g_loss,
-        "d_grad_norms": _grad_norms(d_loss, module.discriminator),
-        "g_grad_norms": _grad_norms(g_loss, module.generator),
-    }
+    return losses_and_gradients(module, task, _tensor(inputs["alpha"]))
 
 
 def _batch(batch: Case, kind: str, count: int) -> dict[str, Tensor]:

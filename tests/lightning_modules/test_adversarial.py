@@ -155,15 +155,13 @@ def test_losses_are_logged_by_name(tmp_path: Path) -> None:
     assert {"train/critic", "train/joint"} <= trainer.callback_metrics.keys()
 
 
-@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("clip", [{}, {"second": 0.05}])
 def test_clipping_sees_unscaled_gradients_and_shared_backwards_one_scale(
-    clip: float | None, tmp_path: Path
+    clip: dict[str, float], tmp_path: Path
 ) -> None:
     """With a scale that doubles at every step, gradients must be those of a run without scaling."""
 
     class Recording(Toy):
-        gradient_clip = clip
-
         def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
             super().on_before_optimizer_step(optimizer)
             grads = [p.grad.clone() for g in optimizer.param_groups for p in g["params"]]
@@ -172,6 +170,7 @@ def test_clipping_sees_unscaled_gradients_and_shared_backwards_one_scale(
     def gradients(**options: Any) -> list[Tensor]:
         torch.manual_seed(0)
         module = Recording()
+        module.gradient_clip = clip
         fit(module, tmp_path, **options)
         return module.seen
 
@@ -183,8 +182,11 @@ def test_clipping_sees_unscaled_gradients_and_shared_backwards_one_scale(
     assert len(plain) == len(scaled) == 12
     assert scaler.get_scale() > 1024
     for expected, found in zip(plain, scaled, strict=True):
-        assert clip is None or float(expected.norm()) <= clip + 1e-4
         torch.testing.assert_close(found, expected)
+    # In every batch "second" steps, then "first" and "second".
+    first, second = plain[1::3], plain[::3] + plain[2::3]
+    assert max(float(gradient.norm()) for gradient in first) > 0.05
+    assert all(float(gradient.norm()) <= 0.05 + 1e-4 for gradient in second) == bool(clip)
 
 
 def test_plain_ddp_is_refused_with_its_mend(tmp_path: Path) -> None:

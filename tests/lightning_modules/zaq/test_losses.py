@@ -152,7 +152,7 @@ def test_gradient_of_the_generator_passes_through_both_networks() -> None:
     ("call", "message"),
     [
         (lambda f: channel_relation_map(f[0], "image"), "unknown mode='image'"),
-        (lambda f: layer_distances(f, f, "cosine"), "unknown feature loss kind='cosine'"),
+        (lambda f: layer_distances(f, f, "cosine"), "unknown kind='cosine'"),
         (lambda f: layer_distances(f, f[:1]), "2 feature maps of P and 1 of Q"),
         (lambda f: layer_distances([], []), "0 feature maps"),
         (lambda f: layer_distances(f, f[::-1]), "differ in their channels"),

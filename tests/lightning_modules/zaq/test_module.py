@@ -257,6 +257,23 @@ def test_rates_fall_within_their_own_stage() -> None:
     assert [round(second(epoch), 4) for epoch in (0, 5, 6, 8, 10, 11)] == [1, 1, 1, 0.1, 0.01, 0.01]
 
 
+def test_gradients_of_the_copies_are_clipped_and_no_others(tmp_path: Path) -> None:
+    zaq = module(epochs=1, iterations=1, clip_q=1e-6)
+    clip, norms = zaq.on_before_optimizer_step, []
+
+    def noted(optimizer: torch.optim.Optimizer) -> None:
+        clip(optimizer)
+        grads = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+        norms.append(float(torch.cat(grads).norm()))
+
+    zaq.on_before_optimizer_step = noted  # type: ignore[method-assign]
+    fit(zaq, tmp_path)
+    *of_q, of_g = norms
+    assert len(of_q) == 2
+    assert max(of_q) <= 1e-6
+    assert of_g > 1e-5
+
+
 def test_evaluation_that_moves_a_range_is_an_error(tmp_path: Path) -> None:
     zaq = module(epochs=1)
     fit(zaq, tmp_path)
@@ -271,22 +288,28 @@ def test_evaluation_that_moves_a_range_is_an_error(tmp_path: Path) -> None:
         boring_trainer(tmp_path, callbacks=[Leak()]).test(zaq, datamodule=data(), verbose=False)
 
 
-def test_no_training_image_is_needed_for_a_checkpoint(tmp_path: Path) -> None:
-    """A float network from a file, and nothing else."""
-    source = module()
-    fit(source, tmp_path / "first")
-    checkpoint = tmp_path / "teacher.ckpt"
+def save_teacher(zaq: ZAQ, folder: Path) -> str:
+    """The checkpoint of a module's float network."""
+    checkpoint = folder / "teacher.ckpt"
     torch.save(
         {
             "module_class": "Classifier",
-            "state_dict": source.teacher.state_dict(),
-            "hyper_parameters": dict(source.teacher.hparams),
-            "class_names": source.teacher.class_names,
+            "state_dict": zaq.teacher.state_dict(),
+            "hyper_parameters": dict(zaq.teacher.hparams),
+            "class_names": zaq.teacher.class_names,
             "pytorch-lightning_version": "2.6.0",
         },
         checkpoint,
     )
-    zaq = module(teacher=str(checkpoint), epochs=1)
+    return str(checkpoint)
+
+
+def test_no_training_image_is_needed_for_a_checkpoint(tmp_path: Path) -> None:
+    """A float network from a file, and nothing else."""
+    source = module()
+    fit(source, tmp_path / "first")
+    checkpoint = save_teacher(source, tmp_path)
+    zaq = module(teacher=checkpoint, epochs=1)
     fit(zaq, tmp_path / "second", training_images=False)
     first, second = source.float_network.state_dict(), zaq.float_network.state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -296,19 +319,9 @@ def test_no_training_image_is_needed_for_a_checkpoint(tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
     source = module(width=6)
-    checkpoint = tmp_path / "teacher.ckpt"
-    torch.save(
-        {
-            "module_class": "Classifier",
-            "state_dict": source.teacher.state_dict(),
-            "hyper_parameters": dict(source.teacher.hparams),
-            "class_names": source.teacher.class_names,
-            "pytorch-lightning_version": "2.6.0",
-        },
-        checkpoint,
-    )
+    checkpoint = save_teacher(source, tmp_path)
     with pytest.raises(ValueError, match=r"teacher\.ckpt does not hold.*--model\.width"):
-        fit(module(teacher=str(checkpoint)), tmp_path)
+        fit(module(teacher=checkpoint), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +343,11 @@ def test_a_teacher_of_another_shape_is_refused(tmp_path: Path) -> None:
         ),
         ({"network": "vgg11_bn"}, "--model.taps"),
         ({"q_steps": 0}, "q_steps=0"),
+        ({"zeroq_steps": 0}, "zeroq_steps=0"),
+        ({"gdfq_latent_dim": 0}, "gdfq_latent_dim=0"),
+        ({"gdfq_temperature": 0.0}, "gdfq_temperature=0.0 must be above 0"),
+        ({"lr_schedule": "linear"}, "lr_schedule='linear'.*cosine"),
+        ({"bn_mode": "eval"}, "bn_mode='eval'.*frozen"),
         ({"alpha": -1.0}, "alpha=-1"),
     ],
 )
