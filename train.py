@@ -211,8 +211,9 @@ def main(args: list[str] | None = None) -> AdversariaCLI | None:
         The finished CLI with its ``trainer``, ``model`` and ``datamodule``.
     """
     arguments = sys.argv[1:] if args is None else args
-    # Lightning's own use of a deprecated torch name, and its advertisement, tell a user nothing.
+    # Deprecated names that Lightning uses, and its advertisement, tell a user nothing.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*``instantiate_classes`` was deprecated.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage()
     )
