@@ -223,12 +223,12 @@ def test_unknown_digits_score_higher_and_knowns_are_accepted(tmp_path: Path) -> 
     import json
 
     overrides = {
-        "data.train_limit": 60,
+        "data.train_limit": 40,
         "data.test_limit": 30,
         "data.batch_size": 32,
         "model.width": 8,
-        "model.joint_epochs": 8,
-        "model.lr": 0.002,
+        "model.joint_epochs": 6,
+        "model.lr": 0.003,
         "model.images_per_round": 64,
         "model.lr_kplusone": 0.0003,
         "model.epochs_per_round": 2,
