@@ -135,7 +135,7 @@ def campaign(member: Member, number: int, seed: int, folder: Path) -> dict[str, 
 
     def attempt(fault: str, faults: int, work: Callable[..., None], *arguments: Any) -> None:
         counts[fault].attempt(faults, lambda: work(member, expected, *arguments))
-        print(f"{member.name}, {fault}: {counts[fault]}", file=sys.stderr, flush=True)
+        print(f"{member.label}, {fault}: {counts[fault]}", file=sys.stderr, flush=True)
 
     attempt("SIGKILL", number, kills, folder / "kills", number, seconds, seed)
     kill = probe("SignalAt", name="SIGKILL", batch=member.batches[1])
@@ -167,8 +167,8 @@ def main() -> int:
         mine = [f"{fault}: {text}" for fault, count in counts.items() for text in count.lost]
         shutil.rmtree(folder)
         cells = " | ".join(str(count) for count in counts.values())
-        print(f"| {member.name} | {cells} | {len(mine) or 'nothing'} |", flush=True)
-        lost += [f"{member.name}, {text}" for text in mine]
+        print(f"| {member.label} | {cells} | {len(mine) or 'nothing'} |", flush=True)
+        lost += [f"{member.label}, {text}" for text in mine]
     print("", *lost, sep="\n", file=sys.stderr)
     return 1 if lost else 0
 
