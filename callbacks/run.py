@@ -317,7 +317,10 @@ def readable_message(error: BaseException) -> str:
         raised_in = frames[-1].filename if frames else ""
         ours = raised_in.startswith(str(Path(__file__).parents[1]))
         if ours and "site-packages" not in raised_in:
-            return str(cause)
+            # Alone, the message of such an error is a word or nothing.
+            named = isinstance(cause, KeyError | AssertionError)
+            name = type(cause).__name__
+            return f"{name}: {cause}" if named and str(cause) else str(cause) or name
         cause = cause.__cause__
     noise = (
         "Subtypes:",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from callbacks.loggers import _run_id
-from callbacks.run import RunOptions, RunRecorder, open_run_directory
+from callbacks.run import RunOptions, RunRecorder, open_run_directory, readable_message
 from tests.callbacks.boring import BoringGAN, boring_trainer, loader
 
 
@@ -160,3 +160,17 @@ def test_links_cannot_lead_out_of_the_run(tmp_path: Path) -> None:
 def test_a_job_id_is_made_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "../../etc")
     assert open_new(RunOptions(str(tmp_path), "paper-data")).parent == tmp_path / "paper-data"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("bits=9 must be 8 or less"), "bits=9 must be 8 or less"),
+        (KeyError("weights"), "KeyError: 'weights'"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_an_error_says_what_it_is(error: Exception, message: str) -> None:
+    with pytest.raises(type(error)) as raised:
+        raise error
+    assert readable_message(raised.value) == message
