@@ -152,8 +152,9 @@ class PauseAt(Callback):
             self._pause(trainer)
 
     def on_test_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if self.test and not self.file.with_suffix(".done").exists():
-            self.file.with_suffix(".done").touch()
+        done = self.file.with_suffix(".done")
+        if self.test and trainer.is_global_zero and not done.exists():
+            done.touch()
             self._pause(trainer)
 
 
