@@ -84,13 +84,13 @@ def _record(
     experiment = summary["experiment"]
     recipe = recipe_of(experiment)
     kind = "fit" if results[0]["command"] == "fit" else "test"
-    plain = rehearse([kind, "-c", str(recipe.relative_to(ROOT))], False)
-    expected = _flat({key: plain[key] for key in _COMPARED})
-    given = {
-        key: _written(value)
-        for key, value in configs[order[0]].items()
-        if key in expected and expected[key] != value and key not in swept
-    }
+    asked = [kind, "-c", str(recipe.relative_to(ROOT))]
+    plain = rehearse(asked, False)
+    # Another class has defaults of its own.
+    given = {k: v for k, v in _given(configs[order[0]], plain, swept).items() if "class_path" in k}
+    if given:
+        plain = rehearse([*asked, *_options(given)], False)
+    given |= _given(configs[order[0]], plain, swept)
     if plain["run"]["experiment"] != experiment:
         given["run.experiment"] = experiment
     command = [
@@ -100,7 +100,7 @@ def _record(
         "-c",
         str(recipe.relative_to(ROOT)),
     ]
-    command += [text for key, value in given.items() for text in (f"--{key}", value)]
+    command += _options(given)
     for key in swept:
         command += ["--over", f"{key}={','.join(dict.fromkeys(v[key] for v in values))}"]
     record = {
@@ -120,6 +120,20 @@ def _record(
         record["by"] = summary["by"]
         record["groups"] = [{**g, "metrics": _tested(g["metrics"])} for g in summary["groups"]]
     return record
+
+
+def _given(config: dict[str, Any], plain: dict[str, Any], swept: Sequence[str]) -> dict[str, str]:
+    """What a run has otherwise than a configuration."""
+    expected = _flat({key: plain[key] for key in _COMPARED})
+    return {
+        key: _written(value)
+        for key, value in config.items()
+        if key in expected and expected[key] != value and key not in swept
+    }
+
+
+def _options(given: dict[str, str]) -> list[str]:
+    return [text for key, value in given.items() for text in (f"--{key}", value)]
 
 
 def recipe_of(experiment: str) -> Path:

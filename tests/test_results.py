@@ -22,9 +22,13 @@ RECIPE = {
 
 
 def rehearse(arguments: list[str], build: bool) -> dict[str, Any]:
-    assert arguments == ["fit", "-c", "configs/osrci/digits.yaml"]
+    """The recipe; the class ``Other`` has another rate."""
+    assert arguments[:3] == ["fit", "-c", "configs/osrci/digits.yaml"]
     assert not build
-    return RECIPE
+    if not arguments[3:]:
+        return RECIPE
+    assert arguments[3:] == ["--model.class_path", "Other"]
+    return {**RECIPE, "model": {"class_path": "Other", "init_args": {"lr": 0.5, "widths": ["a"]}}}
 
 
 def add_run(
@@ -125,6 +129,16 @@ def test_a_single_run_and_a_variant(folder: Path) -> None:
     assert circumstances(record) == "seed 0, one thread of 2 CPU cores"
     assert value_text(record, "test/margin/auroc") == "50.0"
     assert value_text(record, "test/margin/auroc", "se") == "50.0 ± 1.0"
+
+
+def test_another_class_has_its_own_defaults(folder: Path) -> None:
+    """What is the recipe's value is said all the same where the class would have another one."""
+    other = {"class_path": "Other", "init_args": {"lr": 0.001, "widths": ["a"]}}
+    add_run(folder, "a", 0.5, model=other)
+    collect(folder, rehearse)
+    assert load("osrci-digits")["command"] == (
+        "python train.py fit -c configs/osrci/digits.yaml --model.class_path Other --model.lr 0.001"
+    )
 
 
 def test_what_cannot_be_collected(folder: Path) -> None:
