@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import lightning_modules
 from tests import golden_adapters, test_golden
 from tests.following import blocks
+from tests.processes import begin, finish
 from tests.suites import launch, test_ddp, test_resume
 from tests.suites.members import Member
 
@@ -32,20 +35,14 @@ def write_files(tree: Path) -> None:
 
 
 # ------------------------------------------------------------------ on top of the collection that is loaded already
-def _child(tree: str, arguments: list[str], log: str) -> None:
+def _train(tree: str, arguments: list[str]) -> None:
     lightning_modules.__path__.append(f"{tree}/lightning_modules")
     importlib.import_module("lightning_modules.toy")  # as train.py does with every folder
-    launch._child(arguments, log, {}, tree)
+    launch.train_here(arguments)
 
 
 def run(tree: Path, arguments: list[str], log: Path, expect: int = 0) -> str:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    process = launch._context.Process(target=_child, args=(str(tree), arguments, str(log)))
-    process.start()
-    process.join(launch.TIME_LIMIT)
-    text = log.read_text()
-    assert process.exitcode == expect, f"exit code {process.exitcode}:\n{text[-3000:]}"
-    return text
+    return finish(begin(_train, str(tree), arguments, log=log, folder=tree), log, expect)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +88,8 @@ def test_two_processes_follow_one(suites: None, tmp_path: Path) -> None:
 
 def test_a_killed_run_is_resumed_and_predicts(tree: Path, suites: None, tmp_path: Path) -> None:
     test_resume.train(TOY, tmp_path / "whole")
-    expected = test_resume.outcome(tmp_path / "whole")
-    test_resume.test_sigkill((TOY, expected), "last phase", tmp_path / "killed")
+    recorded: Any = SimpleNamespace(member=TOY, root=tmp_path / "whole")
+    test_resume.test_sigkill(recorded, "last phase", tmp_path / "killed")
     (checkpoint,) = (tmp_path / "killed").glob("*/run/checkpoints/last.ckpt")
     arguments = ["predict", "--ckpt_path", str(checkpoint), "--run.root", str(tmp_path)]
     run(tree, arguments, tmp_path / "log.txt")

@@ -9,10 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tests.processes import ROOT, TIME_LIMIT, begin, finish
 
-__all__ = ["ROOT", "TIME_LIMIT", "probe", "run", "start"]
+__all__ = ["ROOT", "TIME_LIMIT", "probe", "run", "start", "train_here"]
 
 
-def _train(arguments: list[str]) -> None:
+def train_here(arguments: list[str]) -> None:
+    """Runs ``train.py`` in this process, which must be a fresh one."""
     # Lightning looks at the environment when it is imported, which has happened before.
     rank_zero_only.rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     import train
@@ -38,7 +39,7 @@ def start(
 
     A variable of the environment that is None is taken out.
     """
-    return begin(_train, arguments, log=log, environment=environment, folder=folder)
+    return begin(train_here, arguments, log=log, environment=environment, folder=folder)
 
 
 def run(

@@ -12,7 +12,7 @@ from wandb.sdk.launch.sweeps.utils import (
 )
 
 from tests.suites.launch import run
-from tests.suites.members import ALL, ANALYSES, CASES, MEMBERS, Member
+from tests.suites.members import ALL, ANALYSES, CASES, MEMBERS, QUICK, Member, cases
 from tests.suites.recorded import Recorded
 from train import rehearse
 
@@ -26,7 +26,13 @@ SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 OVERLAYS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs" / "trainer").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("member", CASES)
+@pytest.mark.parametrize(
+    "member",
+    [
+        *cases(QUICK),
+        *(pytest.param(m, id=m.label, marks=pytest.mark.slow) for m in MEMBERS if m not in QUICK),
+    ],
+)
 def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
     run(
         [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.suites.launch import probe, run
-from tests.suites.members import ANALYSES, CASES, MEMBERS, QUICK, Member
+from tests.suites.members import ANALYSES, CASES, MEMBERS, QUICK, Member, cases
 from tests.suites.recorded import Recorded
 from tests.suites.scheduler import two_nodes
 
@@ -64,11 +64,25 @@ def test_two_processes_follow_one(member: Member, tmp_path: Path) -> None:
     assert largest_difference(one, first, floor) < tolerance
 
 
-@pytest.mark.parametrize("member", CASES)
+CONTINUED = [member for member in MEMBERS if member.phases > 1 or member in QUICK]
+OTHERS = [member for member in MEMBERS if member not in CONTINUED]
+
+
+@pytest.mark.parametrize("member", cases(OTHERS))
 def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     member: Member, tmp_path: Path
 ) -> None:
-    """As users run it, batch norm and dropout included; and a preempted run continues exactly."""
+    """As users run it, batch norm and dropout included."""
+    first, second = train(member, tmp_path, TWO, parity=False)
+    assert largest_difference(first, second) == 0
+
+
+@pytest.mark.parametrize(
+    "member",
+    [*cases(CONTINUED), *(pytest.param(m, id=m.label, marks=pytest.mark.slow) for m in OTHERS)],
+)
+def test_a_preempted_run_of_two_processes_continues_exactly(member: Member, tmp_path: Path) -> None:
+    """The same, and it ends as one that was not preempted."""
     first, second = train(member, tmp_path / "whole", TWO, parity=False)
     assert largest_difference(first, second) == 0
 
@@ -104,7 +118,14 @@ def test_one_broken_rank_stops_all(member: Member, tmp_path: Path) -> None:
     assert "epoch 0, batch 1" in text
 
 
-@pytest.mark.parametrize("trap", ["plain_backward", "unkeyed_noise", "drifting_buffers"])
+@pytest.mark.parametrize(
+    "trap",
+    [
+        "plain_backward",
+        pytest.param("unkeyed_noise", marks=pytest.mark.slow),
+        pytest.param("drifting_buffers", marks=pytest.mark.slow),
+    ],
+)
 def test_the_suite_notices(trap: str, tmp_path: Path) -> None:
     """Each trap that the base class avoids makes one of the two tests above fail."""
     member = MEMBERS[0]

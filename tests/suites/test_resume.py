@@ -76,7 +76,6 @@ WITH_WORK_BETWEEN = [member for member in MEMBERS if member.boundary]
 @pytest.mark.parametrize(
     ("recorded", "where"),
     [
-        # Of the other members this is what tests/suites/test_ddp.py does.
         *moment("first phase", *IN_PHASES),
         *moment("between phases", *WITH_WORK_BETWEEN),
         *moment("last phase", *MEMBERS),
@@ -118,7 +117,7 @@ def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
 
 @quick_runs
 def test_preemption_loses_nothing(recorded: Recorded, tmp_path: Path) -> None:
-    """SIGUSR1; what SIGTERM does to all members is in tests/suites/test_ddp.py."""
+    """SIGUSR1; what SIGTERM does to two processes is in tests/suites/test_ddp.py."""
     member, expected = recorded.member, outcome(recorded.root)
     name, batch = "SIGUSR1", member.batches[0] - 1
     stop = probe("SignalAt", name=name, batch=batch)
