@@ -302,7 +302,7 @@ ALL = [
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]
-# One with two optimizers and stages by hand, one with Lightning's automatic optimisation.
+# One with two optimizers and stages by hand, then one with Lightning's automatic optimisation.
 QUICK = [member for member in MEMBERS if member.name in ("ognet", "supervised")]
 
 

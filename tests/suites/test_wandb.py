@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.suites.launch import probe, run
-from tests.suites.members import QUICK as QUICK_MEMBERS
+from tests.suites.members import QUICK
 from tests.suites.recorded import CHECKPOINTS, Recorded, parts, record
 from tests.suites.test_ddp import TWO
 from tests.suites.test_resume import PREEMPTED, SIGKILL
@@ -18,7 +18,15 @@ from tests.wandb_file import WandbFile, scalars
 
 ROOT = Path(__file__).parents[2]
 AXIS = "trainer/global_step"
-QUICK = pytest.mark.parametrize("recorded", QUICK_MEMBERS, indirect=True, ids=lambda m: m.name)
+MANUAL, AUTOMATIC = QUICK
+both = pytest.mark.parametrize(
+    "recorded",
+    [
+        pytest.param(MANUAL, id=MANUAL.name),
+        pytest.param(AUTOMATIC, id=AUTOMATIC.name, marks=pytest.mark.slow),
+    ],
+    indirect=True,
+)
 Row = tuple[int, dict[str, str]]
 
 
@@ -143,7 +151,7 @@ def test_nothing_else_is_left_or_printed(recorded: Recorded) -> None:
     assert beside == {recorded.directory / name for name in names}
 
 
-@QUICK
+@both
 def test_interrupted_run_goes_on(recorded: Recorded, tmp_path: Path) -> None:
     """Preempted, continued, killed in the last phase, continued: the parts together are the run, but for a second."""
     member, again = recorded.member, ["--run.resume", "true", *CHECKPOINTS]
@@ -171,7 +179,7 @@ def test_interrupted_run_goes_on(recorded: Recorded, tmp_path: Path) -> None:
     assert len(set(captions)) == len(captions)
 
 
-@QUICK
+@both
 def test_only_rank_zero_of_two_has_a_run(recorded: Recorded, tmp_path: Path) -> None:
     record(recorded.member, tmp_path, "--run.test", "false", overrides=TWO)
     (file,) = parts(tmp_path)
@@ -183,7 +191,7 @@ def test_only_rank_zero_of_two_has_a_run(recorded: Recorded, tmp_path: Path) -> 
     assert str(file.config["trainer"]["devices"]) == "2"
 
 
-@pytest.mark.parametrize("recorded", [QUICK_MEMBERS[-1]], indirect=True, ids=lambda m: m.name)
+@pytest.mark.parametrize("recorded", [AUTOMATIC], indirect=True, ids=lambda m: m.name)
 def test_predictions_are_a_table(recorded: Recorded, tmp_path: Path) -> None:
     checkpoint = recorded.directory / "checkpoints" / "last.ckpt"
     arguments = ["predict", "--ckpt_path", str(checkpoint), "-c", "configs/trainer/wandb.yaml"]
