@@ -97,8 +97,8 @@ class AdversariaCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses the arguments on top of the configuration that ``--ckpt_path`` remembers."""
-        arguments = sys.argv[1:] if not isinstance(args, list) else args
-        self.config = parser.parse_args(with_checkpoint_config(arguments))
+        assert isinstance(args, list)
+        self.config = parser.parse_args(with_checkpoint_config(args))
 
     def _parse_ckpt_path(self) -> None:
         """Not wanted: Lightning would let the checkpoint's arguments override the configuration."""

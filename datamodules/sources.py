@@ -36,8 +36,6 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.datasets.utils import download_and_extract_archive
 
 from datamodules.pictures import decode_images, image_files, rgb_squares
-from datamodules.pictures import decode_picture as decode_picture
-from datamodules.pictures import picture_sizes as picture_sizes
 from datamodules.pictures import visit_files as visit_files
 from lightning_modules.randomness import mix
 

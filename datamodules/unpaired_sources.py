@@ -16,10 +16,7 @@ from datamodules.pictures import image_files, picture_sizes, visit_files
 from datamodules.shapes import DRAWN_AT_ONCE, Scenes
 from datamodules.shapes_options import SceneOptions
 from datamodules.sources import draw_per_class, open_source, prepare_source
-from datamodules.unpaired_sizes import PREPROCESS as PREPROCESS
 from datamodules.unpaired_sizes import PictureReader, Sizing
-from datamodules.unpaired_sizes import multiple_of_four as multiple_of_four
-from datamodules.unpaired_sizes import scale_width_size as scale_width_size
 
 SIDES = ("a", "b")
 GREY_MODES = ("1", "L", "LA", "La")

@@ -24,6 +24,7 @@ A part stands between two comments, the first of which says how it is made::
     the command, seeds, machine and versions of these numbers
 
 METRICS and SCORES are ``name[:title],...`` of keys ``test/SCORE/METRIC``; underscores in titles are shown as spaces.
+After the name of a metric of ``result`` a form may stand, as ``error|1:error_x100`` for one decimal.
 """
 
 import argparse

@@ -304,17 +304,19 @@ def result(experiment: str, columns: str, rows: str) -> str:
 
     Args:
         experiment: its name.
-        columns: ``METRIC[:TITLE],...``; underscores in titles become spaces.
+        columns: ``METRIC[|FORM][:TITLE],...``, a form being one of :func:`value_text`; underscores in titles become
+            spaces.
         rows: ``SCORE[:TITLE],...``, the part of ``test/SCORE/METRIC`` between the slashes.
 
     Returns:
         A Markdown table.
     """
     record = load(experiment)
-    names = _titled(columns)
-    lines = [["", *(_heading(metric, title) for metric, title in names.items())]]
+    named = {tuple(name.split("|", 1)): title for name, title in _titled(columns).items()}
+    lines = [["", *(_heading(metric, title) for (metric, *_), title in named.items())]]
     for row, title in _titled(rows).items():
-        lines.append([title, *(value_text(record, f"test/{row}/{metric}") for metric in names)])
+        cells = (value_text(record, f"test/{row}/{metric}", *form) for metric, *form in named)
+        lines.append([title, *cells])
     return _markdown(lines)
 
 
@@ -396,7 +398,6 @@ class Row:
     picture: str
     caption: str
     crop: int | None = None
-    before: str = ""
 
     @property
     def experiment(self) -> str:
@@ -406,12 +407,11 @@ class Row:
 
     @property
     def measured_text(self) -> str:
-        """The sentence with the numbers collected; without them what was measured before, and what is missing."""
+        """The sentence with the numbers collected; without them, what is missing."""
         named = [self.experiment, *(m["experiment"] for m in _PLACE.finditer(self.measured))]
         missing = [e for e in dict.fromkeys(named) if e and not (RESULTS / f"{e}.json").exists()]
         if missing:
-            lacking = f"not collected: {', '.join(missing)}"
-            return f"{self.before}. Of an earlier revision; {lacking}" if self.before else lacking
+            return f"not collected: {', '.join(missing)}"
         sentence = filled_in(self.measured, self.experiment)
         return f"{sentence}. {_capital(circumstances(load(self.experiment)))}"
 

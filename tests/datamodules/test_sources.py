@@ -9,12 +9,12 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, Caltech256
 
 from datamodules import sources
+from datamodules.pictures import decode_images
 from datamodules.sources import (
     CIFAR10_NAMES,
     CIFAR100_NAMES,
     SOURCES,
     ImageSource,
-    decode_images,
     draw_per_class,
     load_source,
     open_source,

@@ -20,7 +20,8 @@ from datamodules.unpaired import (
     UnpairedImageDataset,
     serial_indices,
 )
-from datamodules.unpaired_sources import edges, multiple_of_four, scale_width_size
+from datamodules.unpaired_sizes import multiple_of_four, scale_width_size
+from datamodules.unpaired_sources import edges
 from tests.datamodules.test_base import (
     KilledError,
     SaveAt,

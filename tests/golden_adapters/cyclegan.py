@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datamodules.datasets import ImageArrayDataset
 from datamodules.unpaired import PairSampler, UnpairedImageDataset, serial_indices
-from datamodules.unpaired_sources import multiple_of_four, scale_width_size
+from datamodules.unpaired_sizes import multiple_of_four, scale_width_size
 from lightning_modules.cyclegan import CycleGAN
 from lightning_modules.cyclegan.losses import (
     adversarial_loss,

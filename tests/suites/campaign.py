@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from tests.suites.launch import TIME_LIMIT, probe, run, start
+from tests.processes import TIME_LIMIT
+from tests.suites.launch import probe, run, start
 from tests.suites.members import MEMBERS, Member
 from tests.suites.test_resume import SIGKILL, arguments, assert_equal, outcome, train
 

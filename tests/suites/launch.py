@@ -7,9 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from tests.processes import ROOT, TIME_LIMIT, begin, finish
-
-__all__ = ["ROOT", "TIME_LIMIT", "probe", "run", "start", "train_here"]
+from tests.processes import ROOT, begin, finish
 
 
 def train_here(arguments: list[str]) -> None:

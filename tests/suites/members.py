@@ -302,14 +302,29 @@ ALL = [
 ]
 MEMBERS = [member for member in ALL if member.trains]
 ANALYSES = [member for member in ALL if not member.trains]
-# One with two optimizers and stages by hand, then one with Lightning's automatic optimisation.
+# One with two optimizers and stages by hand, then one with Lightning's automatic optimisation: enough for what does not
+# depend on the paper.
 QUICK = [member for member in MEMBERS if member.name in ("ognet", "supervised")]
+IN_PHASES = [member for member in MEMBERS if member.phases > 1]
 
 
-def cases(members: list[Member]) -> list[ParameterSet]:
-    """Members as parameters of a test."""
+def cases(
+    members: list[Member], *values: object, only: list[Member] | None = None
+) -> list[ParameterSet]:
+    """Members as parameters of a test.
+
+    Args:
+        members: all that the test is for.
+        values: further parameters, the same for all.
+        only: those that ``make test`` runs, the others are left to ``make slow``; None: as the members say.
+    """
     return [
-        pytest.param(member, id=member.label, marks=[pytest.mark.slow] if member.slow else [])
+        pytest.param(
+            member,
+            *values,
+            id="-".join([member.label, *map(str, values)]),
+            marks=[pytest.mark.slow] if member.slow or member not in (only or members) else [],
+        )
         for member in members
     ]
 

@@ -12,7 +12,8 @@ from multiprocessing.connection import Listener, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.suites.launch import ROOT, TIME_LIMIT, start
+from tests.processes import ROOT, TIME_LIMIT
+from tests.suites.launch import start
 from tests.suites.members import Member
 
 # What lies on PATH only carries the command here, so that torch is not imported anew for every task.

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.suites.launch import ROOT, TIME_LIMIT, probe, run
+from tests.processes import ROOT, TIME_LIMIT
+from tests.suites.launch import probe, run
 from tests.suites.members import MEMBERS
 from tests.suites.scheduler import TWO_NODES, Scheduler, free_port, two_nodes
 from tests.suites.test_resume import assert_equal

@@ -26,13 +26,7 @@ SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 OVERLAYS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs" / "trainer").glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        *cases(QUICK),
-        *(pytest.param(m, id=m.label, marks=pytest.mark.slow) for m in MEMBERS if m not in QUICK),
-    ],
-)
+@pytest.mark.parametrize("member", cases(MEMBERS, only=QUICK))
 def test_a_recipe_fits_two_batches(member: Member, tmp_path: Path) -> None:
     run(
         [

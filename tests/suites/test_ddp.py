@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.suites.launch import probe, run
-from tests.suites.members import ANALYSES, CASES, MEMBERS, QUICK, Member, cases
+from tests.suites.members import ANALYSES, CASES, IN_PHASES, MEMBERS, QUICK, Member, cases
 from tests.suites.recorded import Recorded
 from tests.suites.scheduler import two_nodes
 
@@ -64,11 +64,10 @@ def test_two_processes_follow_one(member: Member, tmp_path: Path) -> None:
     assert largest_difference(one, first, floor) < tolerance
 
 
-CONTINUED = [member for member in MEMBERS if member.phases > 1 or member in QUICK]
-OTHERS = [member for member in MEMBERS if member not in CONTINUED]
+CONTINUED = [member for member in MEMBERS if member in IN_PHASES or member in QUICK]
 
 
-@pytest.mark.parametrize("member", cases(OTHERS))
+@pytest.mark.parametrize("member", cases([m for m in MEMBERS if m not in CONTINUED]))
 def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     member: Member, tmp_path: Path
 ) -> None:
@@ -77,10 +76,7 @@ def test_ranks_are_equal_with_what_depends_on_the_local_batch(
     assert largest_difference(first, second) == 0
 
 
-@pytest.mark.parametrize(
-    "member",
-    [*cases(CONTINUED), *(pytest.param(m, id=m.label, marks=pytest.mark.slow) for m in OTHERS)],
-)
+@pytest.mark.parametrize("member", cases(MEMBERS, only=CONTINUED))
 def test_a_preempted_run_of_two_processes_continues_exactly(member: Member, tmp_path: Path) -> None:
     """The same, and it ends as one that was not preempted."""
     first, second = train(member, tmp_path / "whole", TWO, parity=False)
@@ -109,7 +105,7 @@ def test_an_analysis_is_the_same_on_any_number_of_processes(
     assert recorded.results["metrics"] == results["metrics"]
 
 
-@pytest.mark.parametrize("member", QUICK, ids=lambda member: member.name)
+@pytest.mark.parametrize("member", cases(MEMBERS, only=QUICK))
 def test_one_broken_rank_stops_all(member: Member, tmp_path: Path) -> None:
     probe = ["--trainer.callbacks+", "tests.suites.probes.BrokenLoss"]
     arguments = ["fit", *member.arguments(TWO), *run_options(tmp_path), *probe]

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from tests.suites.launch import probe, run
-from tests.suites.members import MEMBERS, QUICK, Member
+from tests.suites.members import IN_PHASES, MEMBERS, QUICK, Member, cases
 from tests.suites.recorded import CHECKPOINTS, Recorded
 
 SIGKILL = -9
@@ -59,26 +58,15 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-quick_runs = pytest.mark.parametrize("recorded", QUICK, indirect=True, ids=lambda m: m.name)
-
-
-def moment(where: str, *members: Member) -> list[ParameterSet]:
-    return [
-        pytest.param(m, where, id=f"{m.label}-{where}", marks=[pytest.mark.slow] if m.slow else [])
-        for m in members
-    ]
-
-
-IN_PHASES = [member for member in MEMBERS if member.phases > 1]
 WITH_WORK_BETWEEN = [member for member in MEMBERS if member.boundary]
 
 
 @pytest.mark.parametrize(
     ("recorded", "where"),
     [
-        *moment("first phase", *IN_PHASES),
-        *moment("between phases", *WITH_WORK_BETWEEN),
-        *moment("last phase", *MEMBERS),
+        *cases(MEMBERS, "first phase", only=IN_PHASES),
+        *cases(WITH_WORK_BETWEEN, "between phases"),
+        *cases(MEMBERS, "last phase"),
     ],
     indirect=["recorded"],
 )
@@ -93,7 +81,7 @@ def test_sigkill(recorded: Recorded, where: str, tmp_path: Path) -> None:
     assert_equal(outcome(tmp_path), expected)
 
 
-@quick_runs
+@pytest.mark.parametrize("recorded", cases(QUICK), indirect=True)
 def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
     recorded: Recorded, tmp_path: Path
 ) -> None:
@@ -115,7 +103,7 @@ def test_a_nan_in_the_data_and_then_a_damaged_checkpoint(
     assert_equal(outcome(tmp_path), expected)
 
 
-@quick_runs
+@pytest.mark.parametrize("recorded", cases(MEMBERS, only=QUICK), indirect=True)
 def test_preemption_loses_nothing(recorded: Recorded, tmp_path: Path) -> None:
     """SIGUSR1; what SIGTERM does to two processes is in tests/suites/test_ddp.py."""
     member, expected = recorded.member, outcome(recorded.root)
@@ -130,9 +118,7 @@ def test_preemption_loses_nothing(recorded: Recorded, tmp_path: Path) -> None:
     assert_equal(outcome(tmp_path), expected)
 
 
-@pytest.mark.parametrize(
-    "recorded", WITH_WORK_BETWEEN, indirect=True, ids=lambda member: member.name
-)
+@pytest.mark.parametrize("recorded", cases(WITH_WORK_BETWEEN), indirect=True)
 def test_preemption_between_phases(recorded: Recorded, tmp_path: Path) -> None:
     member, expected = recorded.member, outcome(recorded.root)
     stop = probe("SignalAt", name="SIGTERM", method=member.boundary, call=1)

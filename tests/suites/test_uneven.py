@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.suites.launch import run
-from tests.suites.members import MEMBERS, Member
+from tests.suites.members import MEMBERS, QUICK, Member, cases
 
 # Odd numbers of images where the recipe allows it; with these batches some ranks have one batch more than others.
 SIZES: dict[str, dict[str, object]] = {
@@ -25,14 +25,7 @@ def sized(member: Member) -> dict[str, object]:
     return {"trainer.accelerator": "cpu", **sizes}
 
 
-@pytest.mark.parametrize(
-    "member",
-    [
-        pytest.param(member, marks=[] if member.name == "supervised" else [pytest.mark.slow])
-        for member in MEMBERS
-    ],
-    ids=lambda member: member.name,
-)
+@pytest.mark.parametrize("member", cases(MEMBERS, only=QUICK[1:]))
 def test_a_checkpoint_scores_the_same_on_any_number_of_processes(
     member: Member, tmp_path: Path
 ) -> None:

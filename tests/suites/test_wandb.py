@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from tests.suites.launch import probe, run
-from tests.suites.members import QUICK
+from tests.suites.members import QUICK, cases
 from tests.suites.recorded import CHECKPOINTS, Recorded, parts, record
 from tests.suites.test_ddp import TWO
 from tests.suites.test_resume import PREEMPTED, SIGKILL
@@ -19,14 +19,7 @@ from tests.wandb_file import WandbFile, scalars
 ROOT = Path(__file__).parents[2]
 AXIS = "trainer/global_step"
 MANUAL, AUTOMATIC = QUICK
-both = pytest.mark.parametrize(
-    "recorded",
-    [
-        pytest.param(MANUAL, id=MANUAL.name),
-        pytest.param(AUTOMATIC, id=AUTOMATIC.name, marks=pytest.mark.slow),
-    ],
-    indirect=True,
-)
+both = pytest.mark.parametrize("recorded", cases(QUICK, only=[MANUAL]), indirect=True)
 Row = tuple[int, dict[str, str]]
 
 
@@ -191,7 +184,7 @@ def test_only_rank_zero_of_two_has_a_run(recorded: Recorded, tmp_path: Path) -> 
     assert str(file.config["trainer"]["devices"]) == "2"
 
 
-@pytest.mark.parametrize("recorded", [AUTOMATIC], indirect=True, ids=lambda m: m.name)
+@pytest.mark.parametrize("recorded", cases([AUTOMATIC]), indirect=True)
 def test_predictions_are_a_table(recorded: Recorded, tmp_path: Path) -> None:
     checkpoint = recorded.directory / "checkpoints" / "last.ckpt"
     arguments = ["predict", "--ckpt_path", str(checkpoint), "-c", "configs/trainer/wandb.yaml"]
