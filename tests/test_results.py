@@ -168,6 +168,8 @@ def test_tables_of_a_page(folder: Path) -> None:
         "|---|---|",
         "| OSRCI margin | 80.0 ± 14.1 |",
     ]
+    made = filled_in(part.format("result osrci-digits auroc|mean2:mean margin"), Path("p.md"))
+    assert made.splitlines()[1:4:2] == ["|  | mean, % |", "| margin | 80.00 |"]
     made = filled_in(part.format("runs osrci-digits auroc:AUROC margin"), Path("p.md"))
     assert made.splitlines()[1] == "| AUROC by seed, % | 0 | 1 | mean ± std |"
     assert made.splitlines()[3] == "| margin | 70.0 | 90.0 | 80.0 ± 14.1 |"
